@@ -26,6 +26,7 @@ from holdfast_agent.core.actions import (
     AskClaim,
     Decision,
     DestroyVm,
+    Farewell,
     Finish,
     Promote,
 )
@@ -105,6 +106,12 @@ class BackupMachine:
         assert self.applied == self.acknowledged > 0, self
         self.state = BackupState.PROMOTING
         return [Promote(self.applied)]
+
+    def standby_failed(self, why: str) -> list[Action]:
+        """The standby cannot be promoted any more; the primary must know at once (INV-2)."""
+        if self.state not in (BackupState.RECEIVING, BackupState.CLAIMING):
+            return []
+        return [Farewell("standby-failed"), *self._destroy(why)]
 
     def claim_refused(self) -> list[Action]:
         """The arbiter decided that this side may not go on in the record's present state."""

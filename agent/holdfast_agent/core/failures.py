@@ -1,4 +1,4 @@
-"""What can go wrong with a VM, as an error that every room of the agent may raise or catch. Pure."""
+"""What can go wrong with a VM: errors that every room of the agent may raise or catch. Pure."""
 
 
 class VirtualMachineFailed(Exception):  # noqa: N818 - reads as a sentence where it is raised
@@ -22,7 +22,7 @@ class VirtualMachineGone(VirtualMachineFailed):
 class VirtualMachineNotRunning(VirtualMachineFailed):
     """The guest did not execute when it was stopped: somebody or something stopped it before us.
 
-    `status` is QEMU's (`shutdown`, `internal-error`, `paused`, ...). It must not be resumed blindly.
+    `status` is QEMU's (`shutdown`, `internal-error`, ...). It must not be resumed blindly.
     """
 
     def __init__(self, status: str) -> None:
@@ -46,3 +46,7 @@ class PeerLost(Exception):  # noqa: N818 - reads as a sentence where it is raise
         super().__init__(f"{reason}: {explanation}")
         self.reason = reason
         self.explanation = explanation
+
+
+class StagingFull(Exception):  # noqa: N818 - reads as a sentence where it is raised
+    """This host has no memory left to stage what its peer sends; not the peer's fault."""

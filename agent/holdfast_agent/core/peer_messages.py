@@ -8,7 +8,7 @@ from holdfast_api.words import Epoch
 
 @dataclass(frozen=True)
 class PagesArrived:
-    """Pages of `epoch` (0: seeding). Views stay valid until the stage that holds them is cleared."""
+    """Pages of `epoch` (0: seeding); the views stay valid until the stage is cleared."""
 
     epoch: Epoch
     indexes: PageIndexes

@@ -1,0 +1,1 @@
+"""The checkpoint loop: drives the cores over ports, imports no adapter."""

@@ -1,0 +1,121 @@
+"""Filling a new backup while the guest runs and its output flows. Over ports only.
+
+The tracker runs already; every populated page is sent once (round 1), then what was written
+meanwhile (round 2, 3, ...), until what is left is small or no longer shrinks. Each `step` sends at
+most one slab and returns, so that the worker keeps tending everything else.
+
+A page may be copied while the guest writes to it. That is harmless: the write came after the
+harvest that named the page, so the next harvest names it again (INV-8). A device of QEMU is
+another matter: it may have pinned a page before the harvest and write to it after, unseen. `stop`
+drains all such requests, so each round's harvest is taken while the guest stands, for about the
+time of two monitor commands: less than any checkpoint.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from holdfast_agent.checkpoint.ports import DirtyTracker, MemoryCopier, Peer, VirtualMachine
+from holdfast_agent.core.memory_map import NO_PAGES, PAGE_SIZE_BYTES, PageIndexes, PageRows
+from holdfast_agent.memory import zero_pages
+
+ROUND_LIMIT = 30
+SMALL_ENOUGH_PAGES = 256
+SHRINKING = 0.7
+"""A round that leaves more than this share of the one before no longer shrinks."""
+
+
+@dataclass
+class SeedingFigures:
+    """What seeding has done so far."""
+
+    round: int = 0
+    sent_bytes: int = 0
+    total_bytes: int = 0
+    began_ns: int = 0
+    ended_ns: int = 0
+    pause_ns_max: int = 0
+    """Longest stand of the guest for one round's harvest."""
+
+
+class Seeding:
+    """One seeding of one backup; `step` until it says that it is done."""
+
+    def __init__(
+        self,
+        *,
+        vm: VirtualMachine,
+        tracker: DirtyTracker,
+        memory: MemoryCopier,
+        peer: Peer,
+        slab: PageRows,
+        now_ns: Callable[[], int],
+        bytes_per_second: int = 0,
+    ) -> None:
+        """Send through `peer`, with `slab` as the only staging memory; 0 means no rate limit."""
+        self._vm = vm
+        self._tracker = tracker
+        self._memory = memory
+        self._peer = peer
+        self._slab = slab
+        self._now_ns = now_ns
+        self._bytes_per_second = bytes_per_second
+        self._pending: PageIndexes = NO_PAGES
+        self._position = 0
+        self._round_pages = 0
+        self.figures = SeedingFigures()
+
+    def start(self) -> None:
+        """Take stock of what must be sent; the tracker has begun before."""
+        self.figures.began_ns = self._now_ns()
+        self._begin_round(self._memory.populated())
+        self.figures.total_bytes = len(self._pending) * PAGE_SIZE_BYTES
+
+    def not_before_ns(self) -> int:
+        """Return the time before which the rate limit allows no further step."""
+        if not self._bytes_per_second:
+            return 0
+        return self.figures.began_ns + (
+            self.figures.sent_bytes * 1_000_000_000 // self._bytes_per_second
+        )
+
+    def step(self) -> PageIndexes | None:
+        """Send one slab. Return None, or at the end the pages that are still to be sent.
+
+        Those are harvested already: whoever gets them owes them. Raises PeerLost and
+        VirtualMachineFailed.
+        """
+        if self._position == len(self._pending):
+            left = self._harvest()
+            shrinks = len(left) < SHRINKING * self._round_pages
+            if len(left) <= SMALL_ENOUGH_PAGES or not shrinks or self.figures.round >= ROUND_LIMIT:
+                self.figures.ended_ns = self._now_ns()
+                return left
+            self._begin_round(left)
+        part = self._pending[self._position : self._position + len(self._slab)]
+        rows = self._slab[: len(part)]
+        self._memory.copy_out(part, rows)
+        self._tracker.copied(part, rows)
+        empty = zero_pages(rows)
+        if empty.any():
+            full = ~empty
+            self._peer.send_pages(0, part[full], rows[full], part[empty])
+        else:
+            self._peer.send_pages(0, part, rows, NO_PAGES)
+        self._position += len(part)
+        self.figures.sent_bytes += len(part) * PAGE_SIZE_BYTES
+        return None
+
+    def _harvest(self) -> PageIndexes:
+        began = self._now_ns()
+        self._vm.stop()
+        try:
+            return self._tracker.harvest()
+        finally:
+            self._vm.resume()
+            self.figures.pause_ns_max = max(self.figures.pause_ns_max, self._now_ns() - began)
+
+    def _begin_round(self, pages: PageIndexes) -> None:
+        self.figures.round += 1
+        self._pending = pages
+        self._position = 0
+        self._round_pages = len(pages)

@@ -1,0 +1,85 @@
+"""What one agent process is told at its start: a TOML file, and the environment over it.
+
+Reads the file and `HOLDFAST_AGENT_*` variables. What the cluster must agree on is policy in etcd
+and never stands here. All faults are reported at once.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from holdfast_api.records import Model
+from holdfast_api.words import HostId
+
+ENVIRONMENT_PREFIX = "HOLDFAST_AGENT_"
+
+
+class AgentConfig(Model):
+    """Settings of an agent."""
+
+    host: HostId
+    """This host's name in the cluster; never two hosts with the same."""
+    controllers: tuple[str, ...] = Field(min_length=1, max_length=16)
+    """Base URLs of controllers; any of them can answer everything."""
+    peer_listen: str
+    """`address:port` where other agents connect; the address must be reachable for them."""
+    metrics_listen: str = "127.0.0.1:7702"
+    """`address:port` of `/metrics`; empty to have none."""
+    state_dir: Path = Path("/var/lib/holdfast")
+    """Survives a reboot: ledger, logs."""
+    run_dir: Path = Path("/run/holdfast")
+    """Need not survive a reboot: sockets of workers and VMs."""
+    qmp_sockets: tuple[str, ...] = ("/run/holdfast/vms/*.qmp",)
+    """Globs of QMP sockets whose VMs this agent may protect. A QMP socket serves one client: give
+    the agent one of its own."""
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    """What standbys may run with; `auto` finds out whether KVM works."""
+    tracker: Literal["auto", "pagemap-scan", "compare"] = "auto"
+    memory_total_bytes: int | None = Field(default=None, ge=0)
+    """Offer no more than this to standbys; None: all that the host has."""
+    heartbeat_ms: int = Field(default=1000, ge=100, le=60_000)
+    """Short: more load on controllers. Long: a host is noticed late; must stay well under the
+    controllers' heartbeat TTL (5 s)."""
+    examine_ms: int = Field(default=5000, ge=500, le=600_000)
+    """How often unprotected VMs are looked at again."""
+    seeding_bytes_per_second: int = Field(default=0, ge=0)
+    """Upper limit of seeding; 0 is none."""
+
+    @field_validator("peer_listen", "metrics_listen")
+    @classmethod
+    def _has_port(cls, value: str) -> str:
+        if value:
+            split_address(value)
+        return value
+
+
+class ConfigFaulty(Exception):  # noqa: N818 - reads as a sentence where it is raised
+    """The configuration cannot be used; the message lists every fault."""
+
+
+def split_address(value: str) -> tuple[str, int]:
+    """Split `address:port`; raises ValueError that says what is wrong."""
+    address, separator, port = value.rpartition(":")
+    if not separator or not port.isdigit() or not 0 <= int(port) <= 65535:  # noqa: PLR2004
+        raise ValueError(f"{value!r} is not address:port")
+    return address.strip("[]"), int(port)
+
+
+def load(path: Path) -> AgentConfig:
+    """Read the file at `path`, then the environment. Raises ConfigFaulty."""
+    try:
+        values: dict[str, object] = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigFaulty(f"{path}: {error}") from error
+    for name in AgentConfig.model_fields:
+        value = os.environ.get(ENVIRONMENT_PREFIX + name.upper())
+        if value is not None:
+            values[name] = value.split(",") if name in ("controllers", "qmp_sockets") else value
+    try:
+        return AgentConfig.model_validate(values)
+    except ValidationError as error:
+        faults = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigFaulty("\n".join([f"{path} can not be used:", *faults])) from error

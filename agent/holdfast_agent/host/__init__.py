@@ -1,0 +1,1 @@
+"""This host: its facts, its ledger, and the controllers it reports to."""

@@ -1,0 +1,191 @@
+"""Speaks with the controllers for this host: heartbeats, assignments, claims, reports, events.
+
+Touches HTTP through `AgentClient`. Two loops run for the agent's whole life: a heartbeat in a fixed
+rhythm (or at once, when something changed), and a long poll for assignments. Both hand the full set
+of assignments on. What is put into the outbox is sent until a controller has answered; an answer
+that refuses ends it as well, since repeating would not help.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from holdfast_api.client import AgentClient
+from holdfast_api.errors import Refused, Unavailable
+from holdfast_api.messages import (
+    Assignment,
+    Claim,
+    ClaimVerdict,
+    EventReport,
+    Heartbeat,
+    ReleasedReport,
+    SeededReport,
+    SeedingFailedReport,
+)
+from holdfast_api.words import Generation, HostId, VmId
+
+LOGGER = logging.getLogger(__name__)
+EVENT_LIMIT = 1024
+RETRY_SECONDS = 0.5
+POLL_MS = 5000
+
+Apply = Callable[[tuple[Assignment, ...]], Awaitable[None]]
+
+
+def _nothing() -> None:
+    """Do nothing when a report was noted that nobody waits for."""
+
+
+class Outbox:
+    """What this host has to say; everything here returns at once and is sent in the background."""
+
+    def __init__(self, client: AgentClient, host: HostId) -> None:
+        """Use `client` for everything; `close` ends what is still under way."""
+        self._client = client
+        self._host = host
+        self._reports: dict[tuple[str, VmId, Generation], asyncio.Task[None]] = {}
+        self._events: deque[EventReport] = deque(maxlen=EVENT_LIMIT)
+        self._event_sender: asyncio.Task[None] | None = None
+        self.beat = asyncio.Event()
+
+    def beat_now(self) -> None:
+        """Send a heartbeat soon; something changed."""
+        self.beat.set()
+
+    def seeded(self, vm: VmId, generation: Generation, noted: Callable[[], None]) -> None:
+        """Report that the first checkpoint is acknowledged; calls `noted` when that is known."""
+        report = SeededReport(vm=vm, generation=generation, host=self._host)
+        self._report("seeded", vm, generation, lambda: self._client.seeded(report), noted)
+
+    def released(self, vm: VmId, generation: Generation) -> None:
+        """Report that everything of the protection is taken out."""
+        report = ReleasedReport(vm=vm, generation=generation, host=self._host)
+        self._report("released", vm, generation, lambda: self._client.released(report), _nothing)
+
+    def seeding_failed(
+        self,
+        vm: VmId,
+        generation: Generation,
+        reason: str,
+        noted: Callable[[], None] = _nothing,
+    ) -> None:
+        """Report that the backup could not be filled; calls `noted` when that is known."""
+        report = SeedingFailedReport(
+            vm=vm, generation=generation, host=self._host, reason=reason[:1024]
+        )
+        self._report(
+            "seeding-failed", vm, generation, lambda: self._client.seeding_failed(report), noted
+        )
+
+    def event(self, event: EventReport) -> None:
+        """Have something remembered; the oldest is dropped when a thousand wait."""
+        self._events.append(event)
+        if self._event_sender is None or self._event_sender.done():
+            self._event_sender = asyncio.create_task(self._send_events())
+
+    async def claim(self, claim: Claim) -> ClaimVerdict:
+        """Ask until the claim is decided (INV-5); only cancelling ends it earlier."""
+        return await self._client.claim(claim)
+
+    async def close(self) -> None:
+        """End everything that is under way."""
+        tasks = [*self._reports.values()]
+        if self._event_sender is not None:
+            tasks.append(self._event_sender)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _report(
+        self,
+        what: str,
+        vm: VmId,
+        generation: Generation,
+        send: Callable[[], Awaitable[object]],
+        noted: Callable[[], None],
+    ) -> None:
+        key = (what, vm, generation)
+        if key not in self._reports:
+            task = asyncio.create_task(self._send_until_answered(what, vm, send, noted))
+            self._reports[key] = task
+            task.add_done_callback(lambda _: self._reports.pop(key, None))
+
+    async def _send_until_answered(
+        self,
+        what: str,
+        vm: VmId,
+        send: Callable[[], Awaitable[object]],
+        noted: Callable[[], None],
+    ) -> None:
+        while True:
+            try:
+                await send()
+            except Unavailable:
+                await asyncio.sleep(RETRY_SECONDS)
+            except Refused as refusal:
+                LOGGER.warning("%s of %s was refused: %s", what, vm, refusal)
+                break
+            else:
+                break
+        noted()
+        self.beat_now()
+
+    async def _send_events(self) -> None:
+        while self._events:
+            try:
+                await self._client.event(self._events[0])
+            except Unavailable:
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            except Refused as refusal:
+                LOGGER.warning("an event was refused: %s", refusal)
+            if self._events:
+                self._events.popleft()
+
+
+async def keep_beating(
+    client: AgentClient,
+    outbox: Outbox,
+    make: Callable[[], Awaitable[Heartbeat]],
+    apply: Apply,
+    interval_seconds: float,
+) -> None:
+    """Send heartbeats for ever and apply what they answer."""
+    silent = False
+    while True:
+        outbox.beat.clear()
+        try:
+            answer = await client.heartbeat(await make())
+        except Unavailable as error:
+            if not silent:
+                LOGGER.warning("no controller answers: %s", error)
+            silent = True
+        except Refused as refusal:
+            LOGGER.error("the heartbeat was refused: %s", refusal)  # noqa: TRY400 - no traceback
+        else:
+            if silent:
+                LOGGER.warning("a controller answers again")
+            silent = False
+            await apply(answer.assignments)
+        try:
+            async with asyncio.timeout(interval_seconds):
+                await outbox.beat.wait()
+        except TimeoutError:
+            continue
+        await asyncio.sleep(0.02)  # what changes together is told together
+
+
+async def keep_polling(client: AgentClient, apply: Apply) -> None:
+    """Wait for newer assignments for ever and apply them."""
+    position = 0
+    while True:
+        try:
+            answer = await client.assignments(position, POLL_MS)
+        except (Unavailable, Refused):
+            await asyncio.sleep(RETRY_SECONDS)
+            position = 0
+            continue
+        if answer.position != position:
+            position = answer.position
+            await apply(answer.assignments)

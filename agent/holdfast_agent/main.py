@@ -1,0 +1,107 @@
+"""The agent's process: `holdfast-agent --config FILE`.
+
+Wires the parts together and runs them until SIGTERM or SIGINT:
+
+* `supervisor` carries out assignments and keeps the workers;
+* `host.reporter` speaks with the controllers;
+* `host.peer_listener` receives primaries of other hosts;
+* `host.vms` looks for VMs at their QMP sockets.
+
+Ending the agent ends neither a worker nor a VM; the next agent adopts them.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Coroutine  # noqa: TC003 - read where it is used
+from pathlib import Path
+
+from holdfast_agent.config import AgentConfig, ConfigFaulty, load
+from holdfast_agent.host.facts import HostProbe, HostUnfit
+from holdfast_agent.host.ledger import Ledger, LedgerBroken
+from holdfast_agent.host.metrics import serve_metrics
+from holdfast_agent.host.peer_listener import PeerListener
+from holdfast_agent.host.reporter import Outbox, keep_beating, keep_polling
+from holdfast_agent.host.vms import VmFinder
+from holdfast_agent.supervisor import Supervisor
+from holdfast_api.client import AgentClient
+from holdfast_api.messages import Heartbeat
+
+LOGGER = logging.getLogger(__name__)
+
+
+async def run_agent(config: AgentConfig) -> None:
+    """Run until cancelled; leave workers and VMs as they are."""
+    probe = await asyncio.to_thread(HostProbe, config)
+    ledger = Ledger(config.state_dir / "ledger")
+    async with AgentClient(config.controllers, config.host) as client:
+        outbox = Outbox(client, config.host)
+        finder = VmFinder(config)
+        supervisor = Supervisor(config, ledger, outbox, finder)
+        await supervisor.adopt()
+        await finder.look(supervisor.busy_vms())
+        listener = PeerListener(config.peer_listen, supervisor.backup_link)
+
+        async def make_heartbeat() -> Heartbeat:
+            await finder.look(supervisor.busy_vms())
+            return Heartbeat(
+                facts=await asyncio.to_thread(probe.look),
+                vms=finder.all_facts(),
+                workers=supervisor.reports(),
+                holdings=supervisor.holdings(),
+            )
+
+        metrics = serve_metrics(config.metrics_listen, config.host, supervisor.reports)
+        loops: list[Coroutine[None, None, None]] = [
+            keep_beating(
+                client, outbox, make_heartbeat, supervisor.apply, config.heartbeat_ms / 1000
+            ),
+            keep_polling(client, supervisor.apply),
+            listener.serve(),
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for loop in loops:
+                    group.create_task(loop)
+        finally:
+            metrics()
+            await listener.close()
+            await outbox.close()
+            await supervisor.close()
+
+
+async def _run_until_signal(config: AgentConfig) -> None:
+    loop = asyncio.get_running_loop()
+    task = asyncio.create_task(run_agent(config))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def main() -> int:
+    """Parse arguments, read the configuration, run; return the exit status."""
+    if not __debug__:
+        print("assertions guard this program's safety: do not run it with python -O")
+        return 2
+    parser = argparse.ArgumentParser(prog="holdfast-agent", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="a TOML file; see the docs")
+    arguments = parser.parse_args()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s", datefmt="%T"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        config = load(arguments.config)
+        asyncio.run(_run_until_signal(config))
+    except (ConfigFaulty, HostUnfit, LedgerBroken) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Taps, plugs inside QEMU, and the signal that output waits."""

@@ -1,0 +1,1 @@
+"""Frames between two workers over TCP."""

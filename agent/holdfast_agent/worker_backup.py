@@ -1,0 +1,138 @@
+"""A backup's worker: waits for its primary, starts the standby, and runs `checkpoint.backup`.
+
+Touches one TCP connection and the standby's QEMU. If it ends in any way but promoted, the standby
+is destroyed; if the process is killed, the agent destroys what the ledger and the standby's folder
+name.
+"""
+
+import logging
+import socket
+import time
+
+from holdfast_agent.checkpoint.backup import BackupDriver
+from holdfast_agent.checkpoint.figures import BackupFigures
+from holdfast_agent.checkpoint.waiting import wait_readable
+from holdfast_agent.core.backup import BackupMachine
+from holdfast_agent.core.failures import PeerLost, VirtualMachineFailed
+from holdfast_agent.core.payloads import Hello, Refusal
+from holdfast_agent.core.vm_spec import VmSpec
+from holdfast_agent.host.agent_channel import AgentChannel
+from holdfast_agent.host.worker_messages import Ordered, PeerConnected
+from holdfast_agent.hypervisor.standby import QemuStandby
+from holdfast_agent.memory import GuestMemory
+from holdfast_agent.transport.opening import refuse, welcome
+from holdfast_agent.transport.peer import FramePeer
+from holdfast_agent.transport.tcp import FrameConnection
+from holdfast_agent.worker_order import (
+    SEEDING_SILENCE_SECONDS,
+    WorkerOrder,
+    introduction,
+    say_last_word,
+)
+from holdfast_api.words import Role
+
+LOGGER = logging.getLogger(__name__)
+STAGING_ROOM_BYTES = 64 << 20
+"""A checkpoint has each page at most once, and a last frame may be half empty."""
+PRIMARY_SECONDS = 60.0
+"""So long a backup waits for its primary to connect."""
+
+
+def protect(order: WorkerOrder) -> None:
+    """Back up one VM in one generation, to the end."""
+    channel = AgentChannel(order.socket, introduction(order))
+    arrived = _wait_for_primary(order, channel)
+    if arrived is None:
+        say_last_word(channel, "no primary came", vm_lives=False)
+        return
+    hello, connection = arrived
+    standby = _start_standby(order, hello, connection)
+    if standby is None:
+        say_last_word(channel, "the standby did not start", vm_lives=False)
+        return
+    channel.introduce(introduction(order, qemu_pid=standby.pid))
+    vm_lives = False
+    try:
+        outcome, vm_lives = _serve(order, channel, hello, connection, standby)
+    finally:
+        if vm_lives:
+            standby.into_machine().close()
+        else:
+            standby.destroy()
+    LOGGER.info("finished: %s", outcome)
+    say_last_word(channel, outcome, vm_lives=vm_lives)
+
+
+def _serve(
+    order: WorkerOrder,
+    channel: AgentChannel,
+    hello: Hello,
+    sock: socket.socket,
+    standby: QemuStandby,
+) -> tuple[str, bool]:
+    connection = _connection(order, hello, sock)
+    try:
+        welcome(connection)
+    except PeerLost as lost:
+        connection.close()
+        return f"the primary left before it was welcomed: {lost}", False
+    driver = BackupDriver(
+        machine=BackupMachine(order.assignment.generation),
+        host=order.config.host,
+        standby=standby,
+        peer=FramePeer(
+            connection,
+            map_page_count=hello.memory_map.page_count,
+            silence_limit_seconds=hello.silence_limit_ms / 1000,
+        ),
+        agent=channel,
+        wants=order.wants(channel),
+        figures=BackupFigures(vm=hello.vm, generation=hello.generation),
+        now_ns=time.monotonic_ns,
+    )
+    return driver.run(), driver.vm_lives
+
+
+def _wait_for_primary(
+    order: WorkerOrder, channel: AgentChannel
+) -> tuple[Hello, socket.socket] | None:
+    """Wait until the agent hands over the primary's connection; None when it is no use waiting."""
+    deadline = time.monotonic() + PRIMARY_SECONDS
+    while time.monotonic() < deadline:
+        wait_readable(channel.filenos(), int((deadline - time.monotonic()) * 1e9))
+        for message, descriptor in channel.receive():
+            if isinstance(message, PeerConnected) and descriptor is not None:
+                return Hello.model_validate_json(message.hello), socket.socket(fileno=descriptor)
+            if (
+                isinstance(message, Ordered)
+                and message.assignment.generation > order.assignment.generation
+            ):
+                return None
+    return None
+
+
+def _start_standby(order: WorkerOrder, hello: Hello, sock: socket.socket) -> QemuStandby | None:
+    """Start the standby, or tell the primary why there is none."""
+    try:
+        spec = VmSpec.model_validate(hello.spec)
+        standby = QemuStandby(spec, run_dir=order.config.run_dir, state_dir=order.config.state_dir)
+        standby.start(lambda pid, blocks: GuestMemory(pid, blocks, hello.memory_map))
+    except (VirtualMachineFailed, OSError, ValueError) as error:
+        LOGGER.exception("the standby did not start")
+        explanation = str(error)[:1000]
+        refuse(sock, hello.generation, Refusal(code="standby-failed", explanation=explanation))
+        sock.close()
+        return None
+    return standby
+
+
+def _connection(order: WorkerOrder, hello: Hello, sock: socket.socket) -> FrameConnection:
+    return FrameConnection(
+        sock,
+        role=Role.BACKUP,
+        generation=order.assignment.generation,
+        silence_limit_seconds=max(SEEDING_SILENCE_SECONDS, hello.silence_limit_ms / 1000),
+        keepalive_seconds=hello.keepalive_ms / 1000,
+        received_frames=1,
+        staging_limit_bytes=hello.memory_map.size_bytes + STAGING_ROOM_BYTES,
+    )

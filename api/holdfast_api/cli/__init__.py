@@ -1,0 +1,1 @@
+"""The `holdfast` command: a client of the REST API."""

@@ -1,0 +1,1 @@
+"""The measurements behind docs/specification.md: ratios within one run, beside the alternative."""

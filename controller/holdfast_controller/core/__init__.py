@@ -1,0 +1,1 @@
+"""Pure planning: an immutable view of the world in, a plan out."""

@@ -1,0 +1,119 @@
+"""What a controller does by itself: follow the store, plan, prune. Needs an event loop and etcd.
+
+Three tasks, each surviving an outage of the store:
+
+- `follow` keeps the world current by one watch;
+- `probe` writes a key every second and waits until the watch shows it: only then is the world in
+  memory current, which is what `/readyz` says;
+- `plan` takes a snapshot whenever something the planner looks at has changed, and every interval,
+  plans from it in a thread, and carries the plan out.
+
+Planning and carrying out are idempotent, so several controllers may do it at once: compare-and-swap
+lets each step happen once.
+"""
+
+import asyncio
+import logging
+from contextlib import aclosing
+
+from holdfast_api.errors import Unavailable
+from holdfast_controller.adapters.etcd import EtcdClient, EtcdRefused
+from holdfast_controller.adapters.keys import ROOT
+from holdfast_controller.adapters.store import undecided_when_unavailable
+from holdfast_controller.control import Control
+from holdfast_controller.core.planner import plan
+from holdfast_controller.executor import execute
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 1.0
+REFUSED_PAUSE_SECONDS = 5.0
+PASS_DISTANCE_SECONDS = 0.02
+"""Shortest distance of two passes: changes that come together are planned for together."""
+PRUNED_PER_PASS = 1000
+FOLLOW_SECONDS_MAX = 2.0
+"""A write that the watch has not shown after so long: the world is not current."""
+HISTORY_KEPT = 10_000
+"""Revisions that the store keeps for watches that were away for a moment."""
+
+
+class Loop:
+    """The tasks of one controller."""
+
+    def __init__(
+        self, control: Control, etcd: EtcdClient, *, interval_seconds: float, events_kept: int
+    ) -> None:
+        """Work for `control`; `etcd` stays the caller's."""
+        self._control = control
+        self._etcd = etcd
+        self._interval_seconds = interval_seconds
+        self._events_kept = events_kept
+        self._compacted = 0
+
+    async def run(self) -> None:
+        """Run until cancelled. A task that fails ends all, and with it the process."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow(), name="follow")
+            group.create_task(self._probe(), name="probe")
+            group.create_task(self._plan(), name="plan")
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async with aclosing(self._etcd.watch(ROOT, from_revision=0)) as batches:
+                    async for batch in batches:
+                        self._control.world.apply(batch)
+            except EtcdRefused as error:
+                logger.error("%s; trying again", error)  # noqa: TRY400 - says all there is
+            await asyncio.sleep(REFUSED_PAUSE_SECONDS)
+
+    async def _probe(self) -> None:
+        world = self._control.world
+        while True:
+            try:
+                revision = await self._control.store.probe()
+            except Unavailable as error:
+                logger.debug("probe: %s", error)
+                world.set_live(live=False)
+            else:
+                seen = await world.reached(revision, timeout_seconds=FOLLOW_SECONDS_MAX)
+                world.set_live(live=seen)
+            await asyncio.sleep(PROBE_SECONDS if world.live else PROBE_SECONDS / 5)
+
+    async def _plan(self) -> None:
+        world = self._control.world
+        while True:
+            seen = world.planner_changes
+            if world.live:
+                await self._pass_in_a_net()
+            await asyncio.sleep(PASS_DISTANCE_SECONDS)
+            await world.planner_change(seen, self._interval_seconds)
+
+    async def _pass_in_a_net(self) -> None:
+        try:
+            await self._pass()
+        except Unavailable as error:
+            logger.info("a plan was left unfinished: %s", error)
+        except Exception:  # an outermost net: a broken planner must not keep claims undecided
+            logger.exception("the planner failed; claims and requests are answered all the same")
+            await asyncio.sleep(self._interval_seconds)
+
+    async def _pass(self) -> None:
+        """Plan once, carry it out, and keep the store's history short."""
+        control = self._control
+        planned = await asyncio.to_thread(plan, control.world.snapshot())
+        control.metrics.planner_passes.inc()
+        done = await execute(control.store, planned, control.metrics)
+        if done:
+            logger.info("planned at revision %d: %s", planned.revision, "; ".join(done))
+        surplus = control.world.events.surplus(self._events_kept)
+        await control.store.remove_events(surplus[:PRUNED_PER_PASS])
+        await self._compact(control.world.revision)
+
+    async def _compact(self, revision: int) -> None:
+        """Let the store forget old history; every heartbeat adds to it, and nobody reads it."""
+        if revision - self._compacted < 2 * HISTORY_KEPT:
+            return
+        self._compacted = revision - HISTORY_KEPT
+        with undecided_when_unavailable():
+            await self._etcd.compact(self._compacted)

@@ -1,0 +1,144 @@
+"""One controller process: its store, its loop, its HTTP server, from start to clean end.
+
+Listens on TCP; talks to etcd. `serve` returns when it was told to stop (SIGTERM, SIGINT) and has
+closed everything: waiting long polls and followers are answered first, so that agents go to another
+controller at once. If the loop fails, the server ends too: a controller that no longer follows the
+store must not go on answering.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from holdfast_controller.adapters.etcd import EtcdClient, TlsFiles
+from holdfast_controller.adapters.heartbeats import Heartbeats
+from holdfast_controller.adapters.store import Store
+from holdfast_controller.config import Config, ConfigFaults
+from holdfast_controller.control import Control
+from holdfast_controller.http.app import create_app
+from holdfast_controller.loop import Loop
+from holdfast_controller.metrics import Metrics
+from holdfast_controller.signals import Signals
+from holdfast_controller.world import World
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS_MAX = 5
+BACKLOG = 1024
+
+
+class _Server(uvicorn.Server):
+    """A server that lets its long polls go when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, signals: Signals) -> None:
+        super().__init__(config)
+        self._signals = signals
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on SIGTERM and SIGINT while serving; uvicorn's own way would then kill us by it."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Begin to stop; asked a second time, stop without waiting for requests."""
+        self._signals.close()
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+async def serve(config: Config) -> None:
+    """Run a controller until it is told to stop. Raises ConfigFaults and OSError at the start."""
+    with _listen(config) as listener:
+        etcd = _connect(config)
+        try:
+            await _serve_on(listener, etcd, config)
+        finally:
+            await etcd.close()
+
+
+async def _serve_on(listener: socket.socket, etcd: EtcdClient, config: Config) -> None:
+    control = Control(
+        store=Store(etcd),
+        heartbeats=Heartbeats(etcd, ttl_seconds=config.heartbeat_ttl_seconds),
+        world=World(),
+        metrics=Metrics(),
+    )
+    loop = Loop(
+        control,
+        etcd,
+        interval_seconds=config.planner_interval_seconds,
+        events_kept=config.events_kept,
+    )
+    server = _Server(_server_config(control), control.world.signals)
+    following = asyncio.create_task(loop.run(), name="loop")
+    following.add_done_callback(lambda _: server.stop())
+    try:
+        logger.info("listening on %s:%d", *listener.getsockname()[:2])
+        await server.serve(sockets=[listener])
+    finally:
+        following.cancel()
+        await asyncio.wait([following])
+    if not following.cancelled():
+        following.result()
+    logger.info("stopped")
+
+
+def _listen(config: Config) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.listen_address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.listen_address, config.listen_port))
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _connect(config: Config) -> EtcdClient:
+    password = None
+    try:
+        if config.etcd_password_file is not None:
+            password = config.etcd_password_file.read_text("utf-8").split("\n", 1)[0]
+        tls = None
+        if config.etcd_authority_file is not None:
+            tls = TlsFiles(
+                authority=config.etcd_authority_file,
+                certificate=config.etcd_certificate_file,
+                key=config.etcd_key_file,
+            )
+        return EtcdClient(
+            config.etcd_endpoints,
+            request_timeout_seconds=config.etcd_request_timeout_seconds,
+            user=config.etcd_user,
+            password=password,
+            tls=tls,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigFaults([f"etcd: {error}"]) from error
+
+
+def _server_config(control: Control) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(control),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=STOP_SECONDS_MAX,
+    )

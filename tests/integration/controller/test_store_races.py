@@ -1,0 +1,300 @@
+"""Two writers that have both read before either writes: the store lets exactly one through."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from tests.integration.controller.conftest import Etcd
+
+from holdfast_api import transitions
+from holdfast_api.errors import Refused
+from holdfast_api.messages import Claim, ClaimVerdict, Heartbeat
+from holdfast_api.records import HostFacts, HostSettings, PlacementNote, Policy, ProtectionRecord
+from holdfast_api.transitions import Outcome
+from holdfast_api.words import ClaimReason, EventKind, Phase
+from holdfast_controller.adapters.etcd import EtcdClient, KeyValue, absent
+from holdfast_controller.adapters.heartbeats import Heartbeats, Known
+from holdfast_controller.adapters.keys import ROOT, HostEntry, Kind, decode, key_of
+from holdfast_controller.adapters.store import EventDraft, Store
+from holdfast_controller.claims import decide_claim
+from holdfast_controller.control import Control
+from holdfast_controller.core.planner import ChangeProtection, NoteHost, Plan
+from holdfast_controller.executor import execute
+from holdfast_controller.metrics import Metrics
+from holdfast_controller.world import World
+
+pytestmark = pytest.mark.etcd
+
+
+class Meeting:
+    """A place where so many must arrive before any goes on; later comers pass."""
+
+    def __init__(self, parties: int) -> None:
+        self._missing = parties
+        self._complete = asyncio.Event()
+
+    async def arrive(self) -> None:
+        self._missing -= 1
+        if self._missing <= 0:
+            self._complete.set()
+        async with asyncio.timeout(60):
+            await self._complete.wait()
+
+
+class ReadsThenMeets(EtcdClient):
+    """A real client whose first read returns only when all others have read, too."""
+
+    def __init__(self, endpoint: str, meeting: Meeting) -> None:
+        super().__init__([endpoint])
+        self._meeting = meeting
+
+    async def get(self, key: str) -> KeyValue | None:
+        found = await super().get(key)
+        await self._meeting.arrive()
+        return found
+
+
+def protected() -> ProtectionRecord:
+    return ProtectionRecord(
+        vm="vm", generation=4, phase=Phase.PROTECTED, primary="h1", backup="h2", policy=Policy()
+    )
+
+
+def draft(message: str = "a test") -> EventDraft:
+    return EventDraft(EventKind.PROTECTION_CHANGED, message, vm="vm")
+
+
+async def write(store: Store, record: ProtectionRecord) -> int:
+    changed = await store.change(record.vm, lambda _: record, lambda _, __: draft())
+    return changed.revision
+
+
+async def events(client: EtcdClient, kind: EventKind) -> list[KeyValue]:
+    found, _ = await client.list(f"{ROOT}{Kind.EVENTS}/")
+    return [kv for kv in found if f'"kind":"{kind}"'.encode() in kv.value]
+
+
+def on_etcd(etcd: Etcd, scene: Callable[[AsyncExitStack, EtcdClient], Awaitable[None]]) -> None:
+    """Run `scene` with a client of its own, on an empty store."""
+
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            client = EtcdClient([etcd.endpoint])
+            stack.push_async_callback(client.close)
+            await scene(stack, client)
+
+    asyncio.run(run())
+
+
+def control_on(client: EtcdClient) -> Control:
+    return Control(Store(client), Heartbeats(client, ttl_seconds=5), World(), Metrics())
+
+
+def test_of_claims_that_all_read_the_same_record_exactly_one_wins(own_etcd: Etcd) -> None:
+    async def scene(stack: AsyncExitStack, client: EtcdClient) -> None:
+        before = await write(Store(client), protected())
+        claims = [
+            ("h1", ClaimReason.STREAM_BROKEN),
+            ("h1", ClaimReason.PEER_SILENT),
+            ("h2", ClaimReason.PEER_SILENT),
+            ("h2", ClaimReason.STREAM_BROKEN),
+        ]
+        meeting = Meeting(len(claims))
+        deciding: list[Coroutine[Any, Any, ClaimVerdict]] = []
+        for number, (host, reason) in enumerate(claims):
+            meeting_client = ReadsThenMeets(own_etcd.endpoint, meeting)
+            stack.push_async_callback(meeting_client.close)
+            claim = Claim(
+                vm="vm", generation=4, host=host, claim=f"claim-000{number}", reason=reason
+            )
+            deciding.append(decide_claim(control_on(meeting_client), claim))
+        verdicts = await asyncio.gather(*deciding)
+        (winner,) = [v for v in verdicts if v.won]
+        record, revision = await Store(client).read("vm")
+        assert winner.record == record
+        assert record is not None
+        assert (record.generation, record.backup) == (5, None)
+        assert all(v.record == record for v in verdicts)
+        stored = await client.get(key_of(Kind.PROTECTIONS, "vm"))
+        assert stored is not None
+        assert (stored.version, revision > before) == (2, True)
+        told = await events(client, EventKind.CLAIM_WON)
+        told += await events(client, EventKind.FAILED_OVER)
+        assert [kv.mod_revision for kv in told] == [revision]
+        assert len(await events(client, EventKind.CLAIM_LOST)) == 3
+
+    on_etcd(own_etcd, scene)
+
+
+def test_a_claim_and_the_report_of_seeding_at_once_leave_a_legal_record(own_etcd: Etcd) -> None:
+    async def scene(stack: AsyncExitStack, client: EtcdClient) -> None:
+        seeding = protected().model_copy(update={"phase": Phase.SEEDING, "unprotected_since": 1.0})
+        await write(Store(client), seeding)
+        meeting = Meeting(2)
+        first = ReadsThenMeets(own_etcd.endpoint, meeting)
+        second = ReadsThenMeets(own_etcd.endpoint, meeting)
+        stack.push_async_callback(first.close)
+        stack.push_async_callback(second.close)
+
+        def seeded(record: ProtectionRecord | None) -> Outcome:
+            assert record is not None
+            return transitions.become_protected(record, "h1", 4)
+
+        def failed(record: ProtectionRecord | None) -> Outcome:
+            assert record is not None
+            return transitions.drop_seeding_backup(record, "h1", 4, setback="disk full")
+
+        done = await asyncio.gather(
+            Store(first).change("vm", seeded, lambda _, __: draft()),
+            Store(second).change("vm", failed, lambda _, __: draft()),
+            return_exceptions=True,
+        )
+        refused = [each for each in done if isinstance(each, Refused)]
+        assert len(refused) == 1
+        assert refused[0].code in ("wrong-phase", "stale-generation")
+        stored = await client.get(key_of(Kind.PROTECTIONS, "vm"))
+        assert stored is not None
+        assert stored.version == 2
+
+    on_etcd(own_etcd, scene)
+
+
+def test_a_change_whose_other_condition_fails_is_refused_and_writes_nothing(
+    own_etcd: Etcd,
+) -> None:
+    async def scene(_stack: AsyncExitStack, client: EtcdClient) -> None:
+        store = Store(client)
+        await write(store, protected())
+        await store.store_policy("p", Policy())
+        gone = (absent(key_of(Kind.POLICIES, "p")),)
+
+        def decide(record: ProtectionRecord | None) -> Outcome:
+            assert record is not None
+            return record.model_copy(update={"handover": True})
+
+        with pytest.raises(Refused) as caught:
+            await store.change("vm", decide, lambda _, __: draft(), also=gone)
+        assert caught.value.code == "conflict"
+        record, _ = await store.read("vm")
+        assert record == protected()
+
+    on_etcd(own_etcd, scene)
+
+
+def test_a_plan_of_an_older_world_changes_nothing(own_etcd: Etcd) -> None:
+    async def scene(_stack: AsyncExitStack, client: EtcdClient) -> None:
+        store = Store(client)
+        alone = protected().model_copy(update={"phase": Phase.UNPROTECTED, "backup": None})
+        revision = await write(store, alone)
+        seeding = transitions.assign_backup(alone, PlacementNote(chosen="h3"))
+        assert isinstance(seeding, ProtectionRecord)
+        step = ChangeProtection(
+            "vm", revision, seeding, EventKind.BACKUP_ASSIGNED, "h3 was chosen", "h3"
+        )
+        note = NoteHost("h3", 0, HostSettings(), True, EventKind.HOST_APPEARED, "h3 answers")
+        planned = Plan(revision, (step, note))
+        assert await execute(store, planned, Metrics()) == ["h3 was chosen", "h3 answers"]
+        assert await execute(store, planned, Metrics()) == []
+        record, _ = await store.read("vm")
+        assert record == seeding
+        assert len(await events(client, EventKind.BACKUP_ASSIGNED)) == 1
+        assert len(await events(client, EventKind.HOST_APPEARED)) == 1
+
+    on_etcd(own_etcd, scene)
+
+
+def test_settings_changed_by_two_at_once_are_both_there(own_etcd: Etcd) -> None:
+    async def scene(stack: AsyncExitStack, client: EtcdClient) -> None:
+        meeting = Meeting(2)
+
+        async def label(name: str) -> None:
+            own = ReadsThenMeets(own_etcd.endpoint, meeting)
+            stack.push_async_callback(own.close)
+
+            def decide(settings: HostSettings) -> HostSettings:
+                return HostSettings(labels={**settings.labels, name: "y"})
+
+            await Store(own).change_host("h1", decide, "a test")
+
+        await asyncio.gather(label("one"), label("two"))
+        stored = await client.get(key_of(Kind.HOSTS, "h1"))
+        assert stored is not None
+        entry = decode(stored.key, stored.value)
+        assert isinstance(entry, HostEntry)
+        assert entry.settings.labels == {"one": "y", "two": "y"}
+
+    on_etcd(own_etcd, scene)
+
+
+def said(version: str) -> Heartbeat:
+    facts = HostFacts(
+        peer_address="h1:7001",
+        memory_total_bytes=1,
+        memory_available_bytes=1,
+        qemu_version="7.2.22",
+        agent_version=version,
+    )
+    return Heartbeat(facts=facts)
+
+
+def test_heartbeats_keep_one_lease_and_find_a_new_one_when_it_is_gone(own_etcd: Etcd) -> None:
+    async def scene(_stack: AsyncExitStack, client: EtcdClient) -> None:
+        heartbeats = Heartbeats(client, ttl_seconds=60)
+        key = key_of(Kind.HEARTBEATS, "h1")
+
+        async def present() -> Known:
+            found = await client.get(key)
+            assert found is not None
+            return Known(found.mod_revision, found.lease)
+
+        await heartbeats.hear("h1", said("1"), Known())
+        first = await present()
+        assert first.lease
+        await heartbeats.hear("h1", said("2"), first)
+        second = await present()
+        assert second.lease == first.lease
+        # Heard by a controller that knows less, it is taken over all the same.
+        await heartbeats.hear("h1", said("3"), Known())
+        third = await present()
+        assert third.revision > second.revision
+        assert third.lease == first.lease
+        await client.lease_revoke(third.lease)
+        assert await client.get(key) is None
+        await heartbeats.hear("h1", said("4"), third)
+        fourth = await present()
+        assert fourth.lease not in (0, third.lease)
+        await client.lease_revoke(fourth.lease)
+        assert await client.get(key) is None, "the heartbeat lives under its lease"
+
+    on_etcd(own_etcd, scene)
+
+
+class LosesLeases(EtcdClient):
+    """A real client whose leases expire the moment after they were kept alive."""
+
+    async def lease_keep_alive(self, lease_id: int) -> int:
+        seconds = await super().lease_keep_alive(lease_id)
+        await self.lease_revoke(lease_id)
+        return seconds
+
+
+def test_a_lease_that_expires_between_its_renewal_and_the_write_is_replaced(
+    own_etcd: Etcd,
+) -> None:
+    async def scene(stack: AsyncExitStack, client: EtcdClient) -> None:
+        key = key_of(Kind.HEARTBEATS, "h1")
+        await Heartbeats(client, ttl_seconds=60).hear("h1", said("1"), Known())
+        before = await client.get(key)
+        assert before is not None
+        losing = LosesLeases([own_etcd.endpoint])
+        stack.push_async_callback(losing.close)
+        known = Known(before.mod_revision, before.lease)
+        revision = await Heartbeats(losing, ttl_seconds=60).hear("h1", said("2"), known)
+        after = await client.get(key)
+        assert after is not None
+        assert after.mod_revision == revision
+        assert after.lease not in (0, before.lease)
+
+    on_etcd(own_etcd, scene)

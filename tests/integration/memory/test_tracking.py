@@ -1,0 +1,442 @@
+"""Trackers and copiers on a real process: while it writes, when it ends, when we end."""
+
+import errno
+import functools
+import itertools
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, MemoryMap, empty_rows, indexes_of
+from holdfast_agent.memory import (
+    BlockLocation,
+    CompareTracker,
+    GuestMemory,
+    MemoryAccessFailed,
+    PagemapScanTracker,
+    TrackingFailed,
+    choose_tracker,
+    pagemap_scan,
+)
+from holdfast_agent.memory.pagemap import PageTable
+
+PATIENCE_S = 10.0
+BLOCKS = (("shared", 1300, "shared"), ("private", 1100, "private", True), ("tiny", 2, "shared"))
+
+
+def open_memory(target: Any) -> GuestMemory:
+    return GuestMemory(target.pid, target.locations, target.memory_map)
+
+
+def make_tracker(kind: str, target: Any, memory: GuestMemory) -> Any:
+    if kind == "compare":
+        return CompareTracker(memory)
+    return PagemapScanTracker(
+        target.pid, target.locations, target.memory_map, two_step=kind == "two-step"
+    )
+
+
+def actual_memory(target: Any) -> np.ndarray:
+    content = b"".join(target.dump(block.name) for block in target.memory_map.blocks)
+    return np.frombuffer(content, dtype=np.uint8).reshape(-1, PAGE_SIZE_BYTES)
+
+
+def userfaultfds(pid: int) -> list[str]:
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            links.append(str(entry.readlink()))
+        except FileNotFoundError:
+            continue
+    return [link for link in links if "userfaultfd" in link]
+
+
+def is_tracked(pid: int) -> bool:
+    """Whether any mapping is registered for write protection (flag `uw`)."""
+    lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    return any(line.startswith("VmFlags:") and " uw" in line for line in lines)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("kind", ["one-step", "two-step", "compare"])
+def test_no_write_is_lost_while_the_target_writes_all_the_time(
+    start_target: Any, kind: str
+) -> None:
+    target = start_target(*BLOCKS)
+    for name in ("shared", "private"):
+        target.run(do="fill", block=name)
+    memory = open_memory(target)
+    tracker = make_tracker(kind, target, memory)
+    rebuilt = np.zeros((target.memory_map.page_count, PAGE_SIZE_BYTES), dtype=np.uint8)
+    rows = empty_rows(len(rebuilt))
+
+    def copy(indexes: np.ndarray) -> int:
+        memory.copy_out(indexes, rows)
+        rebuilt[indexes] = rows[: len(indexes)]
+        tracker.copied(indexes, rows)
+        return len(indexes)
+
+    try:
+        for seed, name in enumerate(("shared", "private")):
+            target.begin(do="storm", block=name, seed=seed)
+            if seed == 0:
+                tracker.start()
+                copy(memory.populated())
+            rounds_with_writes = 0
+
+            def one_more_round() -> bool:
+                nonlocal rounds_with_writes
+                rounds_with_writes += copy(tracker.harvest()) > 0
+                return rounds_with_writes >= 25
+
+            until(one_more_round)
+            target.begin(do="signals")
+            assert target.finish() > 0
+            target.finish()
+            copy(tracker.harvest())
+            assert np.array_equal(rebuilt, actual_memory(target))
+    finally:
+        tracker.close()
+        memory.close()
+
+
+def test_nothing_is_reported_when_nothing_is_written(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    target.run(do="fill", block="shared")
+    target.run(do="write", block="private", pages=[0, 7, 1000], value=3)
+    tracker = make_tracker("one-step", target, open_memory(target))
+    tracker.start()
+    try:
+        assert tracker.harvest().tolist() == []
+        target.run(do="write", block="shared", pages=[5, 1299], value=9)
+        assert tracker.harvest().tolist() == [5, 1299]
+        assert tracker.harvest().tolist() == []
+    finally:
+        tracker.close()
+
+
+def test_pages_given_back_are_reported_even_if_only_read_again(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    for name in ("shared", "private"):
+        target.run(do="fill", block=name)
+    tracker = make_tracker("one-step", target, open_memory(target))
+    tracker.start()
+    try:
+        tracker.harvest()
+        for name, first_page in (("shared", 0), ("private", 1300)):
+            target.run(do="drop", block=name, first=20, count=600)
+            target.run(do="read", block=name, pages=[20, 300, 619])
+            dropped = set(range(first_page + 20, first_page + 620))
+            assert dropped <= set(tracker.harvest().tolist())
+    finally:
+        tracker.close()
+
+
+def test_a_closed_tracker_leaves_nothing_behind(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    target.run(do="fill", block="shared")
+    before = actual_memory(target).copy()
+    tracker = make_tracker("one-step", target, open_memory(target))
+    ours = len(list(Path("/proc/self/fd").iterdir()))
+    tracker.start()
+    assert is_tracked(target.pid)
+    assert userfaultfds(target.pid) == []
+    tracker.close()
+    tracker.close()
+    assert not is_tracked(target.pid)
+    assert len(list(Path("/proc/self/fd").iterdir())) == ours
+    assert np.array_equal(actual_memory(target), before)
+    target.run(do="drop", block="shared", first=0, count=600)
+    assert not actual_memory(target)[:600].any()
+    again = make_tracker("one-step", target, open_memory(target))
+    again.start()
+    again.close()
+
+
+def test_the_target_runs_on_when_the_tracker_is_killed(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    target.run(do="fill", block="private")
+    script = (
+        "import sys\n"
+        "from holdfast_agent.core.memory_map import MemoryMap\n"
+        "from holdfast_agent.memory import BlockLocation, PagemapScanTracker\n"
+        f"locations = [BlockLocation(**block) for block in {target.blocks!r}]\n"
+        "sizes = ((it.name, it.size_bytes) for it in locations)\n"
+        f"tracker = PagemapScanTracker({target.pid}, locations, MemoryMap.of_sizes(sizes))\n"
+        "tracker.start()\n"
+        "print('tracking', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"tracking\n"
+        assert is_tracked(target.pid)
+        owner.send_signal(signal.SIGSTOP)
+        # It waits to have its dropped pages noted; the owner's death lets it go on.
+        target.begin(do="drop", block="private", first=0, count=600)
+        owner.kill()
+    assert target.finish() == 600
+    pages = list(range(1100))
+    assert target.run(do="write", block="private", pages=pages, value=1) == 1100
+    until(lambda: not is_tracked(target.pid))
+
+
+@pytest.mark.parametrize("kind", ["one-step", "two-step"])
+def test_the_end_of_the_target_is_not_mistaken_for_silence(start_target: Any, kind: str) -> None:
+    target = start_target(*BLOCKS)
+    tracker = make_tracker(kind, target, open_memory(target))
+    tracker.start()
+    try:
+        target.end()
+        with pytest.raises(TrackingFailed, match="ended"):
+            tracker.harvest()
+    finally:
+        tracker.close()
+
+
+def test_tracked_memory_that_is_unmapped_is_not_mistaken_for_silence(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    tracker = make_tracker("one-step", target, open_memory(target))
+    tracker.start()
+    try:
+        assert target.run(do="unmap", block="private") == 0
+        with pytest.raises(TrackingFailed, match="unmapped"):
+            tracker.harvest()
+    finally:
+        tracker.close()
+
+
+def test_a_second_tracker_is_refused_and_the_first_goes_on(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    first = make_tracker("one-step", target, open_memory(target))
+    second = make_tracker("one-step", target, open_memory(target))
+    first.start()
+    try:
+        with pytest.raises(TrackingFailed, match="busy"):
+            second.start()
+        target.run(do="write", block="tiny", pages=[1], value=1)
+        first_page = target.memory_map.blocks[2].first_page
+        assert first_page + 1 in first.harvest().tolist()
+    finally:
+        first.close()
+
+
+def test_what_is_copied_in_is_what_the_target_reads(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    memory = open_memory(target)
+    chance = np.random.default_rng(1)
+    page_count = target.memory_map.page_count
+    indexes = np.sort(chance.choice(page_count, 1500, replace=False)).astype(np.int64)
+    rows = chance.integers(0, 255, (1500, PAGE_SIZE_BYTES), dtype=np.uint8)
+    memory.copy_in(indexes, rows)
+    expected = np.zeros((page_count, PAGE_SIZE_BYTES), dtype=np.uint8)
+    expected[indexes] = rows
+    assert np.array_equal(actual_memory(target), expected)
+    out = empty_rows(page_count)
+    memory.copy_out(np.arange(page_count, dtype=np.int64), out)
+    assert np.array_equal(out, expected)
+    memory.copy_out(indexes, out)
+    assert np.array_equal(out[:1500], rows)
+    memory.close()
+    memory.close()
+
+
+def test_populated_names_every_page_that_is_not_zero_and_touches_nothing(
+    start_target: Any,
+) -> None:
+    target = start_target(*BLOCKS)
+    target.run(do="write", block="shared", pages=[3, 4, 900], value=1)
+    target.run(do="write", block="private", pages=[1099], value=1)
+    target.run(do="read", block="private", pages=[10])
+    memory = open_memory(target)
+    location = target.locations[0]
+    assert location.map_path is not None
+    allocated = Path(location.map_path).stat().st_blocks
+    populated = set(memory.populated().tolist())
+    assert Path(location.map_path).stat().st_blocks == allocated
+    assert {3, 4, 900, 1300 + 1099} <= populated
+    assert {page for page in populated if page < 1300} == {3, 4, 900}
+    memory.close()
+
+
+def test_data_of_a_privately_mapped_file_is_populated_before_anyone_read_it(
+    start_target: Any,
+) -> None:
+    target = start_target(("anonymous", 40, "private"), ("file", 64, "private_file"))
+    target.run(do="write", block="file", pages=[5], value=1)
+    memory = open_memory(target)
+    populated = memory.populated()
+    assert {40 + page for page in (0, 5, 16, 32, 48)} <= set(populated.tolist())
+    rows = empty_rows(len(populated))
+    memory.copy_out(populated, rows)
+    rebuilt = np.zeros((target.memory_map.page_count, PAGE_SIZE_BYTES), dtype=np.uint8)
+    rebuilt[populated] = rows
+    assert np.array_equal(rebuilt, actual_memory(target))
+    memory.close()
+
+
+@pytest.mark.parametrize("regions_max", [1, 3, 64])
+@pytest.mark.parametrize("kind", ["one-step", "two-step"])
+def test_a_scan_that_returns_early_is_carried_on(
+    start_target: Any, monkeypatch: pytest.MonkeyPatch, kind: str, regions_max: int
+) -> None:
+    target = start_target(*BLOCKS)
+    for name in ("shared", "private"):
+        target.run(do="fill", block=name)
+    small = functools.partial(PageTable, regions_max=regions_max)
+    monkeypatch.setattr(pagemap_scan, "PageTable", small)
+    monkeypatch.setattr(pagemap_scan, "PROTECT_CALLS_MAX", 2)
+    tracker = make_tracker(kind, target, open_memory(target))
+    tracker.start()
+    chance = np.random.default_rng(3)
+    try:
+        for _ in range(5):
+            written = np.sort(chance.choice(1100, 90, replace=False))
+            for name in ("shared", "private"):
+                target.run(do="write", block=name, pages=written.tolist(), value=5)
+            expected = [*written.tolist(), *(1300 + written).tolist()]
+            assert tracker.harvest().tolist() == expected
+        assert tracker.harvest().tolist() == []
+    finally:
+        tracker.close()
+
+
+def test_reading_what_was_given_back_does_not_take_it_again(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    target.run(do="fill", block="shared")
+    target.run(do="drop", block="shared", first=64, count=1024)
+    location = target.locations[0]
+    assert location.map_path is not None
+    allocated = Path(location.map_path).stat().st_blocks
+    memory = open_memory(target)
+    for indexes in (np.arange(1300), np.arange(32, 1216), np.r_[0:3, 64:1088, 1200:1204]):
+        out = empty_rows(len(indexes))
+        memory.copy_out(indexes.astype(np.int64), out)
+        assert not out[(indexes >= 64) & (indexes < 1088)].any()
+    assert Path(location.map_path).stat().st_blocks == allocated
+    memory.close()
+
+
+def test_the_older_kernels_way_finds_the_same_pages(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    target.run(do="write", block="private", pages=[0, 5, 6, 1099], value=1)
+    location = target.locations[1]
+    table = PageTable(target.pid)
+
+    def pages(runs: np.ndarray) -> list[int]:
+        local = ((runs - np.uint64(location.host_address)) // np.uint64(PAGE_SIZE_BYTES)).astype(
+            np.int64
+        )
+        found = indexes_of(np.stack((local[:, 0], local[:, 1] - local[:, 0]), axis=1))
+        return [int(page) for page in found]
+
+    by_scan = pages(table.populated(location.host_address, location.end_address))
+    by_entry = pages(table.populated_by_entries(location.host_address, location.end_address))
+    assert by_scan == by_entry
+    assert {0, 5, 6, 1099} <= set(by_scan)
+    table.close()
+
+
+def test_a_page_that_cannot_be_read_is_named(start_target: Any) -> None:
+    target = start_target(("private", 64, "private"))
+    found = target.locations[0]
+    # As if the block were longer than what is mapped; nothing lies behind the top of user space.
+    beyond = BlockLocation("private", 64 * PAGE_SIZE_BYTES, (1 << 47) - 64 * 4096, False, None, 0)
+    memory = GuestMemory(target.pid, [beyond], target.memory_map)
+    with pytest.raises(MemoryAccessFailed, match="block private, page 7") as caught:
+        memory.copy_out(np.array([7, 9], dtype=np.int64), empty_rows(2))
+    assert caught.value.page == 7
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EFAULT
+    memory.close()
+    assert found.host_address != beyond.host_address
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_page_behind_readable_ones_is_named_when_it_fails(
+    start_target: Any, *, write: bool
+) -> None:
+    target = start_target(("private", 64, "private"))
+    start = target.locations[0].host_address
+    lines = Path(f"/proc/{target.pid}/maps").read_text().splitlines()
+    ranges = [tuple(int(part, 16) for part in line.split()[0].split("-")) for line in lines]
+    # The last mapping before a hole of the address space, seen from its last two pages on.
+    end = next(
+        this[1]
+        for this, following in itertools.pairwise(ranges)
+        if this[1] > start and following[0] - this[1] >= 62 * PAGE_SIZE_BYTES
+    )
+    location = BlockLocation(
+        "private", 64 * PAGE_SIZE_BYTES, end - 2 * PAGE_SIZE_BYTES, False, None, 0
+    )
+    memory = GuestMemory(target.pid, [location], target.memory_map)
+    rows = empty_rows(4)
+    if write:
+        memory.copy_out(np.array([0, 1], dtype=np.int64), rows)
+    with pytest.raises(MemoryAccessFailed, match="page 2"):
+        (memory.copy_in if write else memory.copy_out)(np.array([0, 1, 2, 5], dtype=np.int64), rows)
+    memory.close()
+
+
+def test_memory_of_a_dead_process_is_an_error_not_zeros(start_target: Any) -> None:
+    target = start_target(("private", 64, "private"))
+    target.run(do="fill", block="private")
+    memory = open_memory(target)
+    target.end()
+    with pytest.raises(MemoryAccessFailed, match="ended"):
+        memory.copy_out(np.arange(3, dtype=np.int64), empty_rows(3))
+    with pytest.raises(MemoryAccessFailed, match="ended"):
+        memory.populated()
+    memory.close()
+
+
+def test_an_index_outside_the_map_is_a_bug_and_says_so(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    memory = open_memory(target)
+    for index in (-1, target.memory_map.page_count):
+        with pytest.raises(AssertionError):
+            memory.copy_out(np.array([index], dtype=np.int64), empty_rows(1))
+    memory.close()
+
+
+def test_the_best_tracker_is_chosen_and_the_others_only_on_request(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    memory = open_memory(target)
+    best = choose_tracker(target.pid, target.locations, memory)
+    assert (best.tracker.name, best.passed_over) == ("pagemap-scan", ())
+    # The first one holds the memory: the next says why it had to be passed over.
+    second = choose_tracker(target.pid, target.locations, memory)
+    assert second.tracker.name == "compare"
+    ((name, reason),) = second.passed_over
+    assert name == "pagemap-scan"
+    assert "busy" in reason
+    second.tracker.close()
+    with pytest.raises(TrackingFailed, match="busy"):
+        choose_tracker(target.pid, target.locations, memory, preference=["pagemap-scan"])
+    best.tracker.close()
+    with pytest.raises(ValueError, match="there are pagemap-scan, compare"):
+        choose_tracker(target.pid, target.locations, memory, preference=["soft"])
+    memory.close()
+
+
+def test_blocks_that_are_not_those_of_the_map_are_refused(start_target: Any) -> None:
+    target = start_target(*BLOCKS)
+    other = MemoryMap.of_sizes([("ram", PAGE_SIZE_BYTES)])
+    with pytest.raises(ValueError, match="not those of the map"):
+        GuestMemory(target.pid, target.locations, other)
