@@ -216,12 +216,15 @@ def retire(record: ProtectionRecord, host: HostId, generation: Generation) -> Ou
 
 
 def lose(record: ProtectionRecord, generation: Generation) -> Outcome:
-    """The primary's host is back without the VM and no backup could take over: the VM is lost."""
+    """Every host that could go on is back without the VM: it is lost.
+
+    The caller has the evidence; a claim that is still under way is of an older generation then.
+    """
     refusal = _current(record, generation)
     if refusal:
         return refusal
-    if record.phase not in (Phase.UNPROTECTED, Phase.SEEDING):
-        return Refusal("wrong-phase", f"{record.vm} is {record.phase}: its backup decides")
+    if record.phase not in LIVE:
+        return Refusal("wrong-phase", f"{record.vm} is {record.phase}")
     return _next(record, phase=Phase.ENDED, backup=None, handover=False)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from holdfast_agent.checkpoint.figures import BackupFigures
 from holdfast_agent.checkpoint.ports import AgentPort, Peer, Standby
-from holdfast_agent.checkpoint.waiting import wait_readable
+from holdfast_agent.checkpoint.waiting import WaitReadable, wait_readable
 from holdfast_agent.checkpoint.wants import Wants, decision_of_order, decision_of_verdict
 from holdfast_agent.core import actions as act
 from holdfast_agent.core.backup import BackupMachine, BackupState
@@ -54,8 +54,10 @@ class BackupDriver:
         wants: Wants,
         figures: BackupFigures,
         now_ns: Callable[[], int],
+        wait: WaitReadable = wait_readable,
     ) -> None:
         """Use these parts until `run` returns."""
+        self._wait = wait
         self._machine = machine
         self._host = host
         self._standby = standby
@@ -89,7 +91,7 @@ class BackupDriver:
         if self._peer is not None:
             dues.append(self._peer.next_due_ns())
             descriptors.append(self._peer.fileno())
-        wait_readable(descriptors, min(dues) - self._now_ns())
+        self._wait(descriptors, min(dues) - self._now_ns())
         self._hear_standby()
         self._hear_peer()
         self._tend_peer()

@@ -20,7 +20,7 @@ from holdfast_agent.checkpoint.ports import (
     VirtualMachine,
 )
 from holdfast_agent.checkpoint.seeding import Seeding
-from holdfast_agent.checkpoint.waiting import FOREVER_NS, wait_readable
+from holdfast_agent.checkpoint.waiting import FOREVER_NS, WaitReadable, wait_readable
 from holdfast_agent.checkpoint.wants import Wants, decision_of_order, decision_of_verdict
 from holdfast_agent.core import actions as act
 from holdfast_agent.core.epoch import PrimaryMachine, PrimaryState
@@ -71,8 +71,10 @@ class PrimaryDriver:
         figures: PrimaryFigures,
         assignment: Assignment,
         now_ns: Callable[[], int],
+        wait: WaitReadable = wait_readable,
     ) -> None:
         """Use these parts until `run` returns."""
+        self._wait = wait
         self._machine = machine
         self._host = host
         self._parts = parts
@@ -114,7 +116,7 @@ class PrimaryDriver:
     # --- one turn ---------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        ready = wait_readable(self._descriptors(), self._next_due_ns() - self._now_ns())
+        ready = self._wait(self._descriptors(), self._next_due_ns() - self._now_ns())
         signal = self._parts.signal
         if signal is not None and signal.fileno() in ready and signal.drain():
             self._pacing.output_waits(self._now_ns())

@@ -5,7 +5,11 @@ too long is a tenth of a round trip. A worker has a dozen descriptors, far below
 """
 
 import select
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+WaitReadable: TypeAlias = Callable[[Iterable[int], int], frozenset[int]]
+"""`wait_readable`, or what takes its place where time is simulated."""
 
 FOREVER_NS = 1 << 62
 LONGEST_WAIT_SECONDS = 1.0

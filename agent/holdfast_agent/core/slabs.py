@@ -18,9 +18,7 @@ Source: Micro-Checkpointing for QEMU (Hines, 2014), `mc_slab_start`: strike, res
 its rules; the floor is ours, it halves below what is in use and grows again in the next pause.
 """
 
-import numpy as np
-
-from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, PageRows
+from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, PageRows, empty_rows
 
 STRIKES_TO_HALVE = 200
 """MC counts ten seconds' worth of checkpoints; this is ten seconds at 50 ms."""
@@ -129,6 +127,6 @@ class SlabPool:
                 needed_bytes=slab_count * self._slab_size_bytes, limit_bytes=self._limit_bytes
             )
         while len(self._slabs) < slab_count:
-            slab = np.empty((self.pages_per_slab, PAGE_SIZE_BYTES), dtype=np.uint8)
+            slab = empty_rows(self.pages_per_slab)
             slab.fill(0)  # np.zeros would leave the page faults to the pause
             self._slabs.append(slab)

@@ -135,7 +135,10 @@ class QmpConnection:
             ) from error
         if package:
             self.version += f" ({package})"
-        self.execute("qmp_capabilities", {"enable": capabilities})
+        ticket = self.queue("qmp_capabilities", {"enable": capabilities})
+        behind_greeting, self._rest = self._rest, b""
+        self._parse(behind_greeting)
+        self.wait(ticket)
 
     def _greeting(self, name: str, deadline: float) -> bytes:
         while b"\n" not in self._rest:
@@ -391,6 +394,9 @@ class QmpConnection:
         if not data:
             self._hung_up()
             return
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
         lines = (self._rest + data).split(b"\n") if self._rest else data.split(b"\n")
         self._rest = lines.pop()
         for line in lines:

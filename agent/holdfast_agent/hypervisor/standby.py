@@ -240,6 +240,8 @@ class QemuStandby:
         assert self._qmp is not None, "promote first"
         machine = QemuMachine(self._qmp)
         self._qmp = None
+        if self._process is not None:
+            self._process.returncode = 0  # it outlives us on purpose: Popen need not warn of it
         self._let_go()
         return machine
 

@@ -16,7 +16,8 @@ What the planner does, and what it leaves alone:
 |                                                               | there is none, if that is new |
 | unprotected or seeding, the primary lives and has nothing     | declare the VM lost           |
 | releasing, the primary lives and has nothing                  | retire                        |
-| protected                                                     | none: its own two sides claim |
+| protected, both hosts live and have nothing                   | declare the VM lost           |
+| protected otherwise                                           | none: its own two sides claim |
 
 "Lives and has nothing" needs a heartbeat *newer than the record*, without the VM and without
 anything held for it, of whatever generation. A side that has just won a claim reports the standby
@@ -133,7 +134,9 @@ def _protection_step(
             return _declare_lost(view, known) or _drop_silent_backup(view, known)
         case Phase.RELEASING:
             return _retire(view, known)
-        case Phase.PROTECTED | Phase.ENDED | Phase.RETIRED:
+        case Phase.PROTECTED:
+            return _declare_lost(view, known)
+        case Phase.ENDED | Phase.RETIRED:
             return None
 
 
@@ -147,18 +150,23 @@ def _adopt_policy(view: View, known: ProtectionView) -> ChangeProtection | None:
     return _step(known, outcome, EventKind.PROTECTION_CHANGED, message)
 
 
-def _empty_handed(view: View, known: ProtectionView) -> bool:
-    """Whether the primary has said, since the record was written, that it has nothing of the VM."""
-    heartbeat = view.heartbeat(known.record.primary)
+def _empty_handed(view: View, known: ProtectionView, host: HostId) -> bool:
+    """Whether `host` has said, since the record was written, that it has nothing of the VM."""
+    heartbeat = view.heartbeat(host)
     if heartbeat is None or heartbeat.revision <= known.revision:
         return False
     return not heartbeat.keeps(known.record.vm)
 
 
 def _declare_lost(view: View, known: ProtectionView) -> ChangeProtection | None:
-    if not _empty_handed(view, known):
-        return None
+    """Both sides of a protected VM must have come back with nothing: one that holds it claims."""
     record = known.record
+    if not _empty_handed(view, known, record.primary):
+        return None
+    if record.phase is Phase.PROTECTED:
+        assert record.backup is not None, record
+        if not _empty_handed(view, known, record.backup):
+            return None
     outcome = transitions.lose(record, record.generation)
     message = (
         f"{record.vm} is lost: {record.primary} answers and does not have it, "
@@ -168,9 +176,9 @@ def _declare_lost(view: View, known: ProtectionView) -> ChangeProtection | None:
 
 
 def _retire(view: View, known: ProtectionView) -> ChangeProtection | None:
-    if not _empty_handed(view, known):
-        return None
     record = known.record
+    if not _empty_handed(view, known, record.primary):
+        return None
     outcome = transitions.retire(record, record.primary, record.generation)
     message = f"{record.vm} is released: {record.primary} has nothing of it any more"
     return _step(known, outcome, EventKind.PROTECTION_RELEASED, message, record.primary)

@@ -292,16 +292,18 @@ def test_data_of_a_privately_mapped_file_is_populated_before_anyone_read_it(
 
 
 @pytest.mark.parametrize("regions_max", [1, 3, 64])
-@pytest.mark.parametrize("kind", ["one-step", "two-step"])
+@pytest.mark.parametrize(
+    ("kind", "calls_max"), [("one-step", 0), ("two-step", 2), ("two-step", 99)]
+)
 def test_a_scan_that_returns_early_is_carried_on(
-    start_target: Any, monkeypatch: pytest.MonkeyPatch, kind: str, regions_max: int
+    start_target: Any, monkeypatch: pytest.MonkeyPatch, kind: str, calls_max: int, regions_max: int
 ) -> None:
     target = start_target(*BLOCKS)
     for name in ("shared", "private"):
         target.run(do="fill", block=name)
     small = functools.partial(PageTable, regions_max=regions_max)
     monkeypatch.setattr(pagemap_scan, "PageTable", small)
-    monkeypatch.setattr(pagemap_scan, "PROTECT_CALLS_MAX", 2)
+    monkeypatch.setattr(pagemap_scan, "PROTECT_CALLS_MAX", calls_max)
     tracker = make_tracker(kind, target, open_memory(target))
     tracker.start()
     chance = np.random.default_rng(3)

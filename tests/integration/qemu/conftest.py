@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
+from holdfast_agent.core.failures import VirtualMachineGone
 from holdfast_agent.hypervisor.qmp import QmpConnection
 from holdfast_agent.network.taps import create_tap, remove_tap
 
@@ -136,7 +137,7 @@ def start_qemu(tmp_path: Path) -> Iterator[StartQemu]:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
         qemu = Qemu(process, qmp_path, argv, serial)
         started.append(qemu)
-        _wait_for(qmp_path.is_socket, 10, "the monitor socket")
+        _wait_for(lambda: _answers(qmp_path), 10, "the monitor to answer")
         return qemu
 
     yield start
@@ -170,6 +171,14 @@ def _wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> Non
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
         time.sleep(0.01)
+
+
+def _answers(qmp_path: Path) -> bool:
+    try:
+        QmpConnection.connect(qmp_path).close()
+    except VirtualMachineGone:
+        return False
+    return True
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The monitor connection and the machine behind it, on real QEMUs."""
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_a_shutdown_from_inside_leaves_qemu_behind_to_tell(
     assert event is not None
     assert (event.name, event.reason) == ("SHUTDOWN", "guest-shutdown")
     assert machine.qmp.execute("query-status")["status"] == "shutdown"
-    with pytest.raises(VirtualMachineFailed, match="reset"):
+    with pytest.raises(VirtualMachineFailed, match="Resetting"):
         machine.resume()
     machine.begin_stop_and_save()
     with pytest.raises(VirtualMachineNotRunning) as failure:
@@ -194,14 +195,10 @@ def test_the_action_on_shutdown_is_read_from_the_command_line(
     assert shutdown_action_of(argv) == action
 
 
-def test_quitting_ends_the_process_also_when_it_hangs(start_qemu: Callable[..., Any]) -> None:
+def test_killing_ends_the_process_also_when_it_hangs(start_qemu: Callable[..., Any]) -> None:
     qemu = start_qemu()
     machine = QemuMachine.attach(qemu.qmp_path)
-    machine.quit()
+    os.kill(qemu.process.pid, signal.SIGSTOP)
+    machine.kill()
     assert qemu.process.poll() is not None
-    machine.quit()
-    other = start_qemu(name="other")
-    machine = QemuMachine.attach(other.qmp_path)
-    os.kill(other.process.pid, 19)  # SIGSTOP: it can not answer any more
-    machine.quit()
-    assert other.process.wait(timeout=1) != 0 or other.process.returncode is not None
+    machine.kill()

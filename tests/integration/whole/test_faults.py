@@ -20,7 +20,7 @@ def test_not_one_packet_leaves_while_acknowledgements_are_withheld(cluster: Any)
     protection = cluster.protect(PATIENT)
     client = cluster.counting()
     cluster.goes_on(client)
-    address = cluster.lab.status()["vms"]["vm"]["addresses"][0]
+    address = cluster.lab.state.vms["vm"].addresses[0]
     worker = cluster.pid_of_worker(protection.backup)
     with cluster.capture(address) as seen:
         cluster.goes_on(client)

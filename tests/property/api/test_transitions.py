@@ -216,7 +216,7 @@ class Life(RuleBasedStateMachine):
         before = self.record
         assert before is not None
         after = self.take(transitions.lose(before, before.generation + offset))
-        allowed = offset == 0 and before.phase in (Phase.UNPROTECTED, Phase.SEEDING)
+        allowed = offset == 0 and before.phase in transitions.LIVE
         assert (after is not None) == allowed
 
     @invariant()

@@ -136,7 +136,12 @@ def test_every_step_is_whole_and_touches_what_it_may(view: View) -> None:
         assert after.claimed == before.claimed
         assert after.generation in (before.generation, before.generation + 1)
         assert ProtectionRecord.model_validate_json(after.model_dump_json()) == after
-        if before.phase is Phase.PROTECTED:
+        if before.phase is Phase.PROTECTED and after.phase is Phase.ENDED:
+            for side in (before.primary, before.backup):
+                heartbeat = view.heartbeat(str(side))
+                assert heartbeat is not None, "a silent host may still hold the VM"
+                assert not heartbeat.keeps(step.vm)
+        elif before.phase is Phase.PROTECTED:
             assert (after.phase, after.backup) == (Phase.PROTECTED, before.backup)
             assert after.generation == before.generation
 
@@ -241,4 +246,4 @@ def test_a_vm_is_declared_lost_only_on_evidence_newer_than_its_record(view: View
         assert beat.revision > known.revision
         assert step.vm not in beat.vms
         assert step.vm not in beat.held
-        assert known.record.phase in (Phase.UNPROTECTED, Phase.SEEDING)
+        assert known.record.phase in (Phase.UNPROTECTED, Phase.SEEDING, Phase.PROTECTED)

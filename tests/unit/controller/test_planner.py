@@ -122,6 +122,17 @@ def test_a_winner_that_has_not_yet_reported_its_vm_is_not_empty_handed(phase: Ph
     assert plan(view(hosts, [record(phase)])).steps == ()
 
 
+def test_a_protected_vm_is_lost_only_when_both_its_hosts_live_and_have_nothing() -> None:
+    empty, holding = heartbeat(), heartbeat(held=(standby(generation=2),))
+    lost = the_change(view([host("h1", empty), host("h2", empty)], [record(Phase.PROTECTED)]))
+    assert lost.kind is EventKind.VM_LOST
+    assert lost.successor.phase is Phase.ENDED
+    for h1, h2 in ((empty, holding), (empty, None), (holding, empty), (None, empty)):
+        hosts = [host("h1", h1), host("h2", h2)]
+        steps = plan(view(hosts, [record(Phase.PROTECTED)])).steps
+        assert not [step for step in steps if getattr(step, "vm", None)]
+
+
 def test_a_seeding_backup_that_is_silent_is_dropped() -> None:
     hosts = [host("h1", heartbeat(vm_facts())), host("h2", None)]
     step = the_change(view(hosts, [record(Phase.SEEDING)]))
@@ -135,7 +146,7 @@ def test_a_seeding_backup_that_answers_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("first", [None, heartbeat(), heartbeat(vm_facts())])
-@pytest.mark.parametrize("second", [None, heartbeat()])
+@pytest.mark.parametrize("second", [None, heartbeat(held=(standby(generation=3),))])
 def test_a_protected_vm_is_left_to_its_own_two_sides(first: Any, second: Any) -> None:
     hosts = [host("h1", first), host("h2", second), host("h3", heartbeat())]
     assert plan(view(hosts, [record(Phase.PROTECTED)])).steps == ()
@@ -171,7 +182,9 @@ def test_a_changed_policy_is_taken_over_by_those_that_name_it(phase: Phase) -> N
 def test_a_policy_that_is_gone_or_inline_changes_nothing() -> None:
     own = record(Phase.PROTECTED, policy=Policy(interval_ms=33))
     gone = record(Phase.PROTECTED, vm="other", policy_name="gone", policy=Policy(interval_ms=33))
-    assert plan(view(healthy(), [own, gone])).steps == ()
+    hosts = [host("h1", heartbeat(vm_facts(), vm_facts(vm="other"))), host("h2", None)]
+    steps = plan(view(hosts, [own, gone])).steps
+    assert not [step for step in steps if isinstance(step, ChangeProtection)]
 
 
 def test_the_default_policy_is_there_without_being_stored_and_may_be_replaced() -> None:
