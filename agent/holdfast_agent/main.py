@@ -54,7 +54,9 @@ async def run_agent(config: AgentConfig) -> None:
                 holdings=supervisor.holdings(),
             )
 
-        metrics = serve_metrics(config.metrics_listen, config.host, supervisor.reports)
+        metrics = serve_metrics(
+            config.metrics_listen, config.host, supervisor.reports, lambda: listener.refused
+        )
         loops: list[Coroutine[None, None, None]] = [
             keep_beating(
                 client, outbox, make_heartbeat, supervisor.apply, config.heartbeat_ms / 1000

@@ -27,6 +27,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from holdfast_agent.config import AgentConfig
+from holdfast_agent.core.failures import VirtualMachineFailed
 from holdfast_agent.host.ledger import Ledger, LedgerEntry
 from holdfast_agent.host.processes import is_alive, kill_and_wait
 from holdfast_agent.host.reporter import Outbox
@@ -135,8 +136,11 @@ class Supervisor:
         """Bring this host into line with its assignments."""
         async with self._lock:
             for assignment in assignments:
-                if self._accept(assignment):
-                    await self._carry_out(assignment)
+                try:
+                    if self._accept(assignment):
+                        await self._carry_out(assignment)
+                except (OSError, VirtualMachineFailed) as error:  # a full disk, a stubborn process
+                    LOGGER.error("%s can not be carried out now: %s", assignment.vm, error)  # noqa: TRY400 - it comes again
 
     def _accept(self, assignment: Assignment) -> bool:
         entry = self._ledger.entry(assignment.vm)

@@ -11,6 +11,7 @@ milliseconds. Beside that log, every run is held against the rules:
 * at most one side goes on.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tests.scenarios.control import BACKUP, ORDER_NS, PRIMARY, VM, Agent, Arbiter
 from tests.scenarios.guest import SimulatedStandby, SimulatedVm
 from tests.scenarios.link import PeerEnd, connect
@@ -33,7 +33,7 @@ from holdfast_agent.checkpoint.seeding import Seeding
 from holdfast_agent.checkpoint.wants import Wants
 from holdfast_agent.core.backup import BackupMachine
 from holdfast_agent.core.epoch import PrimaryMachine
-from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, empty_rows
+from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, PageRows, empty_rows
 from holdfast_agent.core.pages import OwedPages
 from holdfast_agent.core.slabs import SlabPool
 from holdfast_api import transitions
@@ -41,7 +41,7 @@ from holdfast_api.messages import Assignment
 from holdfast_api.records import Policy
 from holdfast_api.words import Phase, Role
 
-SLAB_PAGES = 16
+SLAB_PAGES = 4
 RESTART_NS = 20 * MS
 
 
@@ -82,7 +82,7 @@ class Scenario:
         }
         self.primary, self.backup = self.hosts[PRIMARY], self.hosts[BACKUP]
         self.standby = SimulatedStandby(world, BACKUP, self.backup.vm)
-        self.stood: dict[int, NDArray[np.uint8]] = {}
+        self.stood: dict[int, PageRows] = {}
         self.acknowledged = 0
         self._claims = itertools.count(1)
         self._watch()
@@ -356,6 +356,13 @@ def run_script(text: str) -> str:
     return "\n".join(scenario.world.lines) + "\n"
 
 
+def _happen(
+    scenario: Scenario, what: str, method: Callable[..., None], words: tuple[str, ...]
+) -> None:
+    scenario.world.log("script", what)
+    method(scenario, *words)
+
+
 def _schedule(scenario: Scenario, line: str) -> None:
     timed = re.fullmatch(r"at ([\d.]+)ms (.+)", line)
     if timed is None:
@@ -364,11 +371,7 @@ def _schedule(scenario: Scenario, line: str) -> None:
     for pattern, method in PHRASES:
         found = re.fullmatch(pattern, what)
         if found:
-
-            def happen(act: Callable[..., None] = method, words: Any = found.groups()) -> None:
-                scenario.world.log("script", what)
-                act(scenario, *words)
-
-            scenario.world.at(int(float(timed[1]) * MS), happen)
+            happens = functools.partial(_happen, scenario, what, method, found.groups())
+            scenario.world.at(int(float(timed[1]) * MS), happens)
             return
     raise ScriptNotUnderstood(f"{line}: {what!r} is no phrase of `PHRASES`")

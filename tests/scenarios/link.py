@@ -6,7 +6,7 @@ cut is healed; a host without power sends no farewell and no reset. Rows handed 
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable  # noqa: TC003 - as elsewhere
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from holdfast_agent.core.peer_messages import (
     PeerMessage,
 )
 from holdfast_agent.transport.liveness import KeepaliveTimer, SilenceJudge
+from holdfast_agent.transport.tcp import ConnectionCounters
 from holdfast_api.words import ClaimReason
 
 LATENCY_NS = 200_000
@@ -66,6 +67,7 @@ class PeerEnd:
         self._is_closed = False
         self.has_power = True
         self.out = Direction()
+        self.counters = ConnectionCounters()
         self.other: PeerEnd
         self.on_checkpoint: Callable[[int], None] = lambda _: None
         self.on_acknowledge: Callable[[int], None] = lambda _: None
@@ -143,6 +145,7 @@ class PeerEnd:
                 raise PeerLost(ClaimReason.STREAM_BROKEN, "the peer hung up")
             self._judge.heard(self._world.now())
             if isinstance(message, PagesArrived):
+                assert all(kept.epoch == message.epoch for kept in self._kept), "never released"
                 self._kept.append(message)
             if not isinstance(message, KeptAlive):
                 return message

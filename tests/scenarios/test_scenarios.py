@@ -38,7 +38,8 @@ def test_a_scenario_runs_the_same_every_time() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["at 5ms guest sings\nend 10ms", "at soon kill primary\nend 10ms", "at 5ms order release"]
+    "script",
+    ["at 5ms guest sings\nend 10ms", "at soon kill primary\nend 10ms", "at 5ms order release"],
 )
 def test_a_script_that_nobody_understands_is_an_error(script: str) -> None:
     with pytest.raises(ScriptNotUnderstood):

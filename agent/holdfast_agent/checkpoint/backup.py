@@ -282,6 +282,8 @@ class BackupDriver:
         if machine.state is BackupState.RECEIVING and machine.acknowledged == 0:
             phase = WorkerPhase.SEEDING
         self._agent.flush()
+        if self._peer is not None:
+            self._figures.connection(self._peer.counters.values())
         detail = "" if machine.claim_reason is None else machine.claim_reason.value
         self._agent.send(
             self._figures.report(phase=phase, acknowledged=machine.acknowledged, detail=detail)

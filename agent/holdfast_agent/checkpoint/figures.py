@@ -58,6 +58,7 @@ class PrimaryFigures:
         self._checkpoint_bytes = Window()
         self._counters = Counters(PRIMARY_COUNTERS)
         self._last_seeding: SeedingProgress | None = None
+        self._connection: dict[str, float] = {}
         self.next_report_ns = 0
 
     def captured(self, checkpoint: Checkpoint) -> None:
@@ -85,6 +86,10 @@ class PrimaryFigures:
         self._acknowledgement_ms.add(since_capture_ns / NS_PER_MS)
         self._counters.add("acknowledgement_seconds", since_capture_ns / 1e9)
 
+    def connection(self, counters: dict[str, float]) -> None:
+        """Take over the connection's own counts of bytes and frames, rejected ones among them."""
+        self._connection = counters
+
     def seeded(self, figures: SeedingFigures) -> None:
         """Count a finished seeding."""
         self._last_seeding = progress_of(figures, figures.ended_ns)
@@ -111,7 +116,7 @@ class PrimaryFigures:
         detail: str,
     ) -> Reported:
         """Return the report as of now."""
-        counters = self._counters.values()
+        counters = self._counters.values() | self._connection
         return Reported(
             report=WorkerReport(
                 vm=self._vm,
@@ -142,6 +147,7 @@ class BackupFigures:
         self._vm = vm
         self._generation = generation
         self._counters = Counters(BACKUP_COUNTERS)
+        self._connection: dict[str, float] = {}
         self.next_report_ns = 0
 
     def pages(self, epoch: Epoch, page_count: int) -> None:
@@ -151,6 +157,10 @@ class BackupFigures:
         else:
             self._counters.add("pages", page_count)
             self._counters.add("checkpoint_bytes", page_count * PAGE_SIZE_BYTES)
+
+    def connection(self, counters: dict[str, float]) -> None:
+        """Take over the connection's own counts of bytes and frames, rejected ones among them."""
+        self._connection = counters
 
     def applied(self, apply_ns: int) -> None:
         """Count a checkpoint that was applied."""
@@ -166,7 +176,7 @@ class BackupFigures:
 
     def report(self, *, phase: WorkerPhase, acknowledged: Epoch, detail: str) -> Reported:
         """Return the report as of now."""
-        counters = self._counters.values()
+        counters = self._counters.values() | self._connection
         return Reported(
             report=WorkerReport(
                 vm=self._vm,

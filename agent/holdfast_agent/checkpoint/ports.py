@@ -205,8 +205,19 @@ class Standby(Protocol):
         """End the QEMU and remove its taps and files. Idempotent."""
 
 
+class PeerCounters(Protocol):
+    """Bytes and frames of a connection."""
+
+    def values(self) -> dict[str, float]:
+        """Return them by name."""
+
+
 class Peer(Protocol):
     """The connection to the other worker: checked frames in, checked frames out."""
+
+    @property
+    def counters(self) -> PeerCounters:
+        """What went over the connection so far."""
 
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when something arrives."""

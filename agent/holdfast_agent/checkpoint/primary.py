@@ -24,7 +24,11 @@ from holdfast_agent.checkpoint.waiting import FOREVER_NS, WaitReadable, wait_rea
 from holdfast_agent.checkpoint.wants import Wants, decision_of_order, decision_of_verdict
 from holdfast_agent.core import actions as act
 from holdfast_agent.core.epoch import PrimaryMachine, PrimaryState
-from holdfast_agent.core.failures import PeerLost, VirtualMachineFailed
+from holdfast_agent.core.failures import (
+    PeerLost,
+    VirtualMachineFailed,
+    VirtualMachineNotRunning,
+)
 from holdfast_agent.core.memory_map import NO_PAGES
 from holdfast_agent.core.pacing import Pacing
 from holdfast_agent.core.peer_messages import AcknowledgementArrived, FarewellArrived
@@ -88,6 +92,7 @@ class PrimaryDriver:
         self._capture_failures = 0
         self._handover_ns = FOREVER_NS
         self._captured_ns = 0
+        self._vm_gone = False
         self.vm_lives = True
         policy = assignment.policy
         self._assignment = assignment
@@ -138,7 +143,7 @@ class PrimaryDriver:
 
     def _descriptors(self) -> list[int]:
         descriptors = [*self._agent.filenos()]
-        if self._machine.state is not PrimaryState.OVER:
+        if not self._vm_gone:
             descriptors.append(self._parts.vm.fileno())
         if self._parts.signal is not None:
             descriptors.append(self._parts.signal.fileno())
@@ -194,7 +199,7 @@ class PrimaryDriver:
                 self._perform(self._machine.handover_ordered())
 
     def _hear_vm(self) -> None:
-        if self._machine.state is PrimaryState.OVER:
+        if self._vm_gone:
             return
         for event in self._parts.vm.poll_events():
             if event.name == "SHUTDOWN" and event.reason != "guest-reset":
@@ -202,6 +207,7 @@ class PrimaryDriver:
                 self._perform(self._machine.guest_shut_down())
             elif event.name == "GONE":
                 LOGGER.warning("QEMU is gone")
+                self._vm_gone = True
                 self.vm_lives = False
                 self._perform(self._machine.vm_gone())
                 return
@@ -257,7 +263,7 @@ class PrimaryDriver:
             case act.ReleaseOutput():
                 parts.plug.release_one()
             case act.ReleaseAll():
-                parts.plug.release_all()
+                self._quietly(parts.plug.release_all)
             case act.StopGuest():
                 self._quietly(parts.vm.stop)
             case act.ResumeGuest():
@@ -275,6 +281,7 @@ class PrimaryDriver:
                     self._peer.send_farewell(action.code, self._machine.outcome)
             case act.DestroyVm() | act.QuitVm():
                 self.vm_lives = False
+                self._vm_gone = True
                 parts.vm.kill()
             case act.Finish():
                 self._finished = True
@@ -295,9 +302,14 @@ class PrimaryDriver:
         self._pacing.captured(began)
         try:
             checkpoint = self._parts.capturer.take(action.epoch, final=action.final)
+        except VirtualMachineNotRunning as error:
+            # Somebody paused it: nothing runs, so nothing is missed. Try again an interval later.
+            LOGGER.info("checkpoint %d: %s", action.epoch, error)
+            self._capture_failed(counts=False)
+            return
         except VirtualMachineFailed as error:
             LOGGER.warning("checkpoint %d failed: %s", action.epoch, error)
-            self._capture_failed()
+            self._capture_failed(counts=True)
             return
         self._capture_failures = 0
         self._captured_ns = self._now_ns()
@@ -309,13 +321,14 @@ class PrimaryDriver:
         except PeerLost as lost:
             self._lose_peer(lost)
 
-    def _capture_failed(self) -> None:
+    def _capture_failed(self, *, counts: bool) -> None:
         self._pacing.acknowledged(self._now_ns())
         self._perform(self._machine.capture_failed())
-        self._capture_failures += 1
+        self._capture_failures += counts
         self._hear_vm()
         if self._capture_failures >= CAPTURE_FAILURES_MAX:
             self.vm_lives = False
+            self._vm_gone = True
             self._parts.vm.kill()
             self._perform(self._machine.vm_gone())
 
@@ -357,6 +370,8 @@ class PrimaryDriver:
         machine = self._machine
         seeding = None if self._seeding is None else self._seeding.figures
         self._agent.flush()
+        if self._peer is not None:
+            self._figures.connection(self._peer.counters.values())
         self._agent.send(
             self._figures.report(
                 self._now_ns(),

@@ -62,6 +62,7 @@ class PrimaryMachine:
     released: Epoch = 0
     handover_wanted: bool = False
     guest_ended: bool = False
+    vm_is_gone: bool = False
     claim_reason: ClaimReason | None = None
     outcome: str = ""
 
@@ -136,8 +137,9 @@ class PrimaryMachine:
 
     def vm_gone(self) -> list[Action]:
         """QEMU ended by itself, without a shutdown: the backup takes over at once."""
-        if self.state is PrimaryState.OVER:
-            return []
+        if self.state is PrimaryState.OVER or self.guest_ended:
+            self.vm_is_gone = True
+            return []  # a guest that ended on purpose takes its QEMU with it; the claim goes on
         held = self.state is not PrimaryState.SEEDING
         self._over("QEMU ended by itself")
         tell: list[Action] = [Farewell("vm-failed")] if held else [Farewell("seeding-abandoned")]
@@ -155,7 +157,8 @@ class PrimaryMachine:
             return [DestroyVm(), Finish(self.outcome)]
         if self.guest_ended:
             self._over("the guest ended")
-            return [ReleaseAll(), Farewell("guest-ended"), QuitVm(), Finish(self.outcome)]
+            release: list[Action] = [] if self.vm_is_gone else [ReleaseAll()]
+            return [*release, Farewell("guest-ended"), QuitVm(), Finish(self.outcome)]
         stands = self.state in (PrimaryState.CLAIMING, PrimaryState.HANDING_OVER)
         resume: list[Action] = [ResumeGuest()] if stands and not self.guest_ended else []
         self._over("this host goes on alone")

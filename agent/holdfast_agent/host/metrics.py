@@ -8,7 +8,7 @@ by the VMs that the host holds.
 import logging
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -80,7 +80,10 @@ class WorkerCollector(Collector):
 
 
 def serve_metrics(
-    listen: str, host: HostId, reports: Callable[[], tuple[WorkerReport, ...]]
+    listen: str,
+    host: HostId,
+    reports: Callable[[], tuple[WorkerReport, ...]],
+    refused_peers: Callable[[], float],
 ) -> Callable[[], None]:
     """Serve until the returned function is called; an empty `listen` serves nothing."""
     if not listen:
@@ -88,6 +91,12 @@ def serve_metrics(
     address, port = split_address(listen)
     registry = CollectorRegistry()
     registry.register(WorkerCollector(host, reports))
+    refused = Gauge(
+        "holdfast_agent_refused_peers",
+        "Connections to the peer port that said no HELLO that could be believed.",
+        registry=registry,
+    )
+    refused.set_function(refused_peers)
     server, thread = start_http_server(port, address, registry)
 
     def stop() -> None:

@@ -103,7 +103,7 @@ class FilterPlug:
         except VirtualMachineFailed:
             self.remove()
             raise
-        self._qmp.attend(self._epoll.fileno(), self.drain)
+        pass
 
     def _install_one(self, tap: _Tap) -> None:
         present = {entry["name"] for entry in self._qmp.execute("qom-list", {"path": "/objects"})}
@@ -312,7 +312,7 @@ class FilterPlug:
         if not self._installed:
             return
         if not (self._holding or self.leftover_held):
-            pass
+            self._settle()
             for tap in self._taps:
                 for name in (tap.out_id, tap.in_id, tap.wall_id):
                     self._delete(name)

@@ -242,6 +242,7 @@ def outside() -> Iterator[Outside]:
         netlink.link("set", ifname=far, state="up")
         netlink.link("set", ifname=bridge, state="up")
     listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+    listener.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
     listener.bind((far, 0))
     made = Outside(bridge, near, far, listener)
     yield made

@@ -1,6 +1,9 @@
 """The plug on a real guest that pings: what leaves is seen from outside of its tap."""
 
+import fcntl
 import select
+import struct
+import termios
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +12,7 @@ import pytest
 
 from holdfast_agent.core.failures import VirtualMachineFailed
 from holdfast_agent.hypervisor.machine import QemuMachine
+from holdfast_agent.network import filter_plug
 from holdfast_agent.network.filter_plug import FilterPlug
 
 pytestmark = [pytest.mark.qemu, pytest.mark.netns]
@@ -174,3 +178,58 @@ def test_a_netdev_that_is_not_there_is_refused_and_nothing_stays(pinging: QemuMa
         plug.install()
     objects = pinging.qmp.execute("qom-list", {"path": "/objects"})
     assert not [entry for entry in objects if entry["name"].startswith("hf")]
+
+
+def test_what_was_sent_before_the_stop_belongs_to_the_epoch(
+    pinging: QemuMachine, outside: Any
+) -> None:
+    plug = FilterPlug(pinging.qmp, pinging.netdev_ids())
+    plug.install()
+    plug.hold()
+    outside.pings(0.1)
+    poller = select.poll()
+    poller.register(plug.signal.fileno(), select.POLLIN)
+    assert poller.poll(5000)
+    capture(pinging, plug)  # nothing was drained since
+    plug.release_one()
+    assert outside.pings(1, enough=1)
+    plug.release_all()
+    plug.remove()
+
+
+def test_a_full_socket_does_not_stop_the_monitor(
+    pinging: QemuMachine, outside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del outside
+    monkeypatch.setattr(filter_plug, "SOCKET_BUFFER_BYTES", 1)
+    plug = FilterPlug(pinging.qmp, pinging.netdev_ids())
+    plug.install()
+    plug.hold()
+    out = plug._taps[0].out
+    assert out is not None
+    seen, deadline = -1, time.monotonic() + 10
+    while True:  # until nothing more fits: QEMU's main thread then waits for us
+        (waiting,) = struct.unpack("i", fcntl.ioctl(out, termios.FIONREAD, bytes(4)))
+        if waiting == seen and waiting > 0:
+            break
+        assert time.monotonic() < deadline
+        seen = waiting
+        time.sleep(0.3)
+    assert pinging.qmp.execute("query-status", timeout_s=5)["status"] == "running"
+    plug.release_all()
+    plug.remove()
+
+
+def test_much_released_output_arrives_whole(pinging: QemuMachine, outside: Any) -> None:
+    plug = FilterPlug(pinging.qmp, pinging.netdev_ids())
+    plug.install()
+    plug.hold()
+    wait_held(plug, 100)
+    held = plug._taps[0].held
+    taken = held.take_all()
+    one = taken[: 4 + int.from_bytes(taken[:4], "big")]
+    outside.frames(0.2)
+    held.feed(one * 5000)
+    plug.release_all()
+    plug.remove()
+    assert len(outside.frames(5, enough=5000)) == 5000

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import resource
 import socket
 import struct
 import time
@@ -128,6 +129,17 @@ class Cluster:
             yield capture
         finally:
             capture.close()
+
+    @contextlib.contextmanager
+    def full_disk(self, host: str) -> Iterator[None]:
+        """Let a host's agent, and what it starts, get no byte onto the disk for a while."""
+        agent = self._pid(host, "holdfast_agent.main", "agent.toml")
+        before = resource.prlimit(agent, resource.RLIMIT_FSIZE)
+        resource.prlimit(agent, resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            yield
+        finally:
+            resource.prlimit(agent, resource.RLIMIT_FSIZE, before)
 
     def _pid(self, host: str, program: str, vm: str) -> int:
         pids = self._pids(host, program, vm)

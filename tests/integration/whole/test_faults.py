@@ -165,3 +165,17 @@ def test_both_hosts_die_and_the_loss_is_said_plainly(cluster: Any) -> None:
     cluster.lab.revive(protection.backup)
     cluster.wait_for("the loss is said", lambda: cluster.protection().phase is Phase.ENDED)
     assert cluster.events(EventKind.VM_LOST)
+
+
+def test_a_backup_whose_disk_is_full_is_passed_over_for_another(cluster: Any) -> None:
+    with cluster.full_disk("h2"), cluster.full_disk("h3"):
+        cluster.client.protect("vm", policy=Policy())
+        client = cluster.counting()
+        cluster.wait_for(
+            "it was tried and given up",
+            lambda: bool(cluster.events(EventKind.BACKUP_DROPPED)),
+        )
+        assert cluster.protection().phase is not Phase.PROTECTED
+        cluster.goes_on(client)
+    cluster.wait_protected()
+    cluster.goes_on(client)
