@@ -44,7 +44,7 @@ def peer_over(sock: socket.socket, role: Role) -> FramePeer:
         received_frames=1,
     )
     connection._encoder.sequence = 1  # noqa: SLF001 - see the docstring
-    return FramePeer(connection, map_page_count=1 << 20)
+    return FramePeer(connection, map_page_count=1 << 20, silence_limit_seconds=60)
 
 
 def receive_plain(sock: socket.socket, size_bytes: int) -> None:

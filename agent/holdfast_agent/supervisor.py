@@ -303,7 +303,8 @@ class Supervisor:
             if self._links.get(vm) is link:
                 del self._links[vm]
                 self._reports.pop(vm, None)
-            link.path.unlink(missing_ok=True)
+        # Not when cancelled: a worker outlives its agent, and the next one finds it by this file.
+        link.path.unlink(missing_ok=True)
         LOGGER.info("worker of %s has gone", vm)
         await self._finder.look(self.busy_vms())
         order = self._orders.get(vm)

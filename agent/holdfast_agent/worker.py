@@ -14,11 +14,9 @@ An assertion that fails ends this process, which is a failover, never a shrug.
 Start reading at `worker_primary.protect` or `worker_backup.protect`.
 """
 
-import contextlib
 import gc
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -27,8 +25,6 @@ from holdfast_agent.config import AgentConfig
 from holdfast_agent.worker_order import WorkerOrder
 from holdfast_api.messages import Assignment
 from holdfast_api.words import Role
-
-WORKER_NICENESS = -10
 
 
 def main() -> int:
@@ -45,9 +41,6 @@ def main() -> int:
         assignment=Assignment.model_validate(text["assignment"]),
         config=AgentConfig.model_validate(text["config"]),
     )
-    # The guest stands still while this process works: it goes before what merely computes.
-    with contextlib.suppress(PermissionError):
-        os.nice(WORKER_NICENESS)
     # No garbage collection in a pause: what exists now stays, cycles made later are few.
     gc.collect()
     gc.freeze()

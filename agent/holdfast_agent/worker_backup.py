@@ -26,6 +26,7 @@ from holdfast_agent.transport.tcp import FrameConnection
 from holdfast_agent.worker_order import (
     SEEDING_SILENCE_SECONDS,
     WorkerOrder,
+    hurry,
     introduction,
     say_last_word,
 )
@@ -89,6 +90,7 @@ def _serve(
         wants=order.wants(channel),
         figures=BackupFigures(vm=hello.vm, generation=hello.generation),
         now_ns=time.monotonic_ns,
+        hurry=hurry,
     )
     return driver.run(), driver.vm_lives
 

@@ -3,6 +3,7 @@
 Touches the agent's channel.
 """
 
+import contextlib
 import os
 import secrets
 import time
@@ -19,6 +20,7 @@ from holdfast_agent.hypervisor.preflight import Examination
 from holdfast_api.messages import Assignment
 
 LAST_WORD_SECONDS = 3.0
+HURRIED_NICENESS = -10
 SEEDING_SILENCE_SECONDS = 3.0
 """Silence that counts before the first checkpoint, unless the policy allows more."""
 
@@ -44,6 +46,15 @@ class WorkerOrder:
             generation=self.assignment.generation,
             new_claim_name=lambda: secrets.token_hex(16),
         )
+
+
+def hurry() -> None:
+    """Go before what merely computes: the guest stands still, or its output waits, for us.
+
+    Not while seeding, which takes whole cores for seconds and can wait.
+    """
+    with contextlib.suppress(PermissionError):
+        os.nice(HURRIED_NICENESS)
 
 
 def introduction(

@@ -34,7 +34,7 @@ from holdfast_agent.host.worker_messages import WantSeedingFailed
 from holdfast_agent.hypervisor.holding import argv_of
 from holdfast_agent.hypervisor.machine import QemuMachine
 from holdfast_agent.hypervisor.preflight import Examination, examine
-from holdfast_agent.memory import TRACKERS, GuestMemory, choose_tracker
+from holdfast_agent.memory import TRACKERS, GuestMemory, choose_tracker, zero_pages
 from holdfast_agent.network.filter_plug import FilterPlug, UnbufferedPlug
 from holdfast_agent.network.output_signal import SilentSignal
 from holdfast_agent.transport.opening import PeerRefused, connect, greet
@@ -43,6 +43,7 @@ from holdfast_agent.transport.tcp import FrameConnection
 from holdfast_agent.worker_order import (
     SEEDING_SILENCE_SECONDS,
     WorkerOrder,
+    hurry,
     introduction,
     say_last_word,
 )
@@ -256,6 +257,7 @@ def _driver(
             memory=attached.memory,
             peer=peer,
             slab=empty_rows(slabs.pages_per_slab),
+            zero_pages=zero_pages,
             now_ns=time.monotonic_ns,
             bytes_per_second=order.config.seeding_bytes_per_second,
         )
@@ -276,4 +278,5 @@ def _driver(
         ),
         assignment=assignment,
         now_ns=time.monotonic_ns,
+        hurry=hurry,
     )

@@ -127,8 +127,8 @@ class Demo:
         position = max((event.position for event in self.holdfast.events()), default=0)
         pause = before.pause_ms
         self._say(
-            f"{counting.seen().replies:,} replies so far, {before.acknowledged_epoch:,} checkpoints; "
-            f"the guest pauses {pause.p50:.1f} ms for one (99 %: {pause.p99:.1f} ms)."
+            f"{counting.seen().replies:,} replies so far, {before.acknowledged_epoch:,} "
+            f"checkpoints; the guest pauses {pause.p50:.1f} ms for one (99 %: {pause.p99:.1f} ms)."
         )
         self.console.rule(f"[bold red]{before.primary} loses power ({number} of {KILLS})")
         ordered_at = self.lab.kill(before.primary)

@@ -15,7 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from tests.scenarios.simulation import MS, World
 
-from holdfast_agent.core.failures import VirtualMachineFailed, VirtualMachineGone
+from holdfast_agent.core.failures import (
+    VirtualMachineFailed,
+    VirtualMachineGone,
+    VirtualMachineNotRunning,
+)
 from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, MemoryMap, PageIndexes, PageRows
 
 PAGE_COUNT = 64
@@ -108,6 +112,14 @@ class SimulatedVm:
         self.is_alive = self.is_running = False
         self._events.append(Event("GONE"))
 
+    def pause(self) -> None:
+        """Stop the guest behind everybody's back, as an operator may."""
+        self.is_running = False
+
+    def unpause(self) -> None:
+        self.is_running = True
+        self._speak()
+
     @property
     def packet_count(self) -> int:
         return int(self.text_of(0) or 0)
@@ -127,7 +139,10 @@ class SimulatedVm:
         self._must_live()
 
     def wait_stopped(self) -> None:
+        was_running = self.is_running
         self.stop()
+        if not was_running:
+            raise VirtualMachineNotRunning("shutdown" if self.has_shut_down else "paused")
         self.stood_with = self.memory.copy()
 
     def wait_saved(self) -> bytes:

@@ -36,6 +36,7 @@ from holdfast_agent.core.epoch import PrimaryMachine
 from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, PageRows, empty_rows
 from holdfast_agent.core.pages import OwedPages
 from holdfast_agent.core.slabs import SlabPool
+from holdfast_agent.memory import zero_pages
 from holdfast_api import transitions
 from holdfast_api.messages import Assignment
 from holdfast_api.records import Policy
@@ -162,6 +163,7 @@ class Scenario:
             memory=vm,
             peer=self.primary.end,
             slab=empty_rows(SLAB_PAGES),
+            zero_pages=zero_pages,
             now_ns=world.now,
         )
         return PrimaryDriver(
@@ -232,6 +234,12 @@ class Scenario:
 
     def guest_shuts_down(self) -> None:
         self.primary.vm.shut_down()
+
+    def somebody_pauses(self) -> None:
+        self.primary.vm.pause()
+
+    def somebody_resumes(self) -> None:
+        self.primary.vm.unpause()
 
     def kill(self, host: str) -> None:
         """Power fails: VM, worker and agent are gone, and nobody is told."""
@@ -311,6 +319,8 @@ SIDE = "(primary|backup)"
 PHRASES: tuple[tuple[str, Callable[..., None]], ...] = (
     (r"guest sends (.+)", Scenario.guest_sends),
     (r"guest shuts down", Scenario.guest_shuts_down),
+    (r"somebody pauses the VM", Scenario.somebody_pauses),
+    (r"somebody resumes the VM", Scenario.somebody_resumes),
     (rf"kill {SIDE}", Scenario.kill),
     (rf"kill worker of {SIDE}", Scenario.kill_worker),
     (rf"QEMU of {SIDE} dies", Scenario.qemu_dies),

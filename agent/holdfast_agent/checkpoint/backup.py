@@ -55,8 +55,10 @@ class BackupDriver:
         figures: BackupFigures,
         now_ns: Callable[[], int],
         wait: WaitReadable = wait_readable,
+        hurry: Callable[[], None] = lambda: None,
     ) -> None:
-        """Use these parts until `run` returns."""
+        """Use these parts until `run` returns; `hurry` is called when seeding is over."""
+        self._hurry = hurry
         self._wait = wait
         self._machine = machine
         self._host = host
@@ -213,6 +215,7 @@ class BackupDriver:
         assert self._peer is not None
         if action.epoch == 1:
             self._peer.be_strict()
+            self._hurry()
         try:
             self._peer.send_acknowledgement(action.epoch)
         except PeerLost as lost:

@@ -76,8 +76,10 @@ class PrimaryDriver:
         assignment: Assignment,
         now_ns: Callable[[], int],
         wait: WaitReadable = wait_readable,
+        hurry: Callable[[], None] = lambda: None,
     ) -> None:
-        """Use these parts until `run` returns."""
+        """Use these parts until `run` returns; `hurry` is called when seeding is over."""
+        self._hurry = hurry
         self._wait = wait
         self._machine = machine
         self._host = host
@@ -271,6 +273,7 @@ class PrimaryDriver:
             case act.ReportSeeded():
                 if self._peer is not None:
                     self._peer.be_strict()
+                self._hurry()
                 self._wants.seeded(self._now_ns())
             case act.ReportSeedingFailed():
                 self._wants.seeding_failed(action.reason, self._now_ns())

@@ -14,14 +14,19 @@ time of two monitor commands: less than any checkpoint.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from holdfast_agent.checkpoint.ports import DirtyTracker, MemoryCopier, Peer, VirtualMachine
 from holdfast_agent.core.memory_map import NO_PAGES, PAGE_SIZE_BYTES, PageIndexes, PageRows
-from holdfast_agent.memory import zero_pages
 
 ROUND_LIMIT = 30
 SMALL_ENOUGH_PAGES = 256
 SHRINKING = 0.7
 """A round that leaves more than this share of the one before no longer shrinks."""
+
+
+ZeroPages = Callable[[PageRows], np.ndarray[tuple[int], np.dtype[np.bool_]]]
+"""Tells which rows are zero throughout: `bool[page_count]`."""
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Seeding:
         memory: MemoryCopier,
         peer: Peer,
         slab: PageRows,
+        zero_pages: ZeroPages,
         now_ns: Callable[[], int],
         bytes_per_second: int = 0,
     ) -> None:
@@ -57,6 +63,7 @@ class Seeding:
         self._memory = memory
         self._peer = peer
         self._slab = slab
+        self._zero_pages = zero_pages
         self._now_ns = now_ns
         self._bytes_per_second = bytes_per_second
         self._pending: PageIndexes = NO_PAGES
@@ -95,7 +102,7 @@ class Seeding:
         rows = self._slab[: len(part)]
         self._memory.copy_out(part, rows)
         self._tracker.copied(part, rows)
-        empty = zero_pages(rows)
+        empty = self._zero_pages(rows)
         if empty.any():
             full = ~empty
             self._peer.send_pages(0, part[full], rows[full], part[empty])

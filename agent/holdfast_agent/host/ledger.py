@@ -51,6 +51,8 @@ class Ledger:
                 raise LedgerBroken(
                     f"{path} is not a ledger entry; move it away: {error}"
                 ) from error
+            if path.stem != entry.vm:  # a copy somebody made; it may be older than the entry
+                raise LedgerBroken(f"{path} speaks of {entry.vm}; move it away")
             self._entries[entry.vm] = entry
 
     def entry(self, vm: VmId) -> LedgerEntry:

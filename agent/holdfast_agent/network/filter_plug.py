@@ -103,7 +103,7 @@ class FilterPlug:
         except VirtualMachineFailed:
             self.remove()
             raise
-        pass
+        self._qmp.attend(self._epoll.fileno(), self.drain)
 
     def _install_one(self, tap: _Tap) -> None:
         present = {entry["name"] for entry in self._qmp.execute("qom-list", {"path": "/objects"})}

@@ -275,7 +275,9 @@ def _show_protection(protection: Protection, output: OutputFormat) -> None:
     alone_seconds = protection.unprotected_seconds
     triggered = ", at once when output waits" if policy.output_triggered else ""
     note = protection.placement
-    passed_over = note.rejections if note is not None and protection.backup is None else ()
+    # The note of a choice that was made is of no use any more, or is about another primary.
+    unplaced = note is not None and note.chosen is None and protection.backup is None
+    passed_over = note.rejections if note is not None and unplaced else ()
     largest = protection.checkpoint_bytes
     show_fields(
         [

@@ -306,7 +306,7 @@ def test_a_killed_standby_has_ended(start_qemu: Any, make_standby: Any) -> None:
         time.sleep(0.01)
 
 
-def test_a_standby_outlives_its_worker(start_qemu: Any, make_standby: Any) -> None:
+def test_a_standby_lives_in_a_session_of_its_own(start_qemu: Any, make_standby: Any) -> None:
     machine = QemuMachine.attach(start_qemu().qmp_path)
     spec, _ = spec_of(machine)
     machine.close()

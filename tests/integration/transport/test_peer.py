@@ -43,6 +43,7 @@ def peers(pair: Sockets, **options: float) -> tuple[FramePeer, FramePeer]:
                 staging_limit_bytes=int(options.get("staging_limit_bytes", 1 << 20)),
             ),
             map_page_count=MAP_PAGES,
+            silence_limit_seconds=options.get("silence_limit_seconds", 5),
             limits=LIMITS,
         )
         for sock, role in zip(pair, (Role.PRIMARY, Role.BACKUP), strict=True)

@@ -30,6 +30,8 @@ A, B = "a", "b"
 class Protection(RuleBasedStateMachine):
     """One generation of one VM on hosts a (primary) and b (backup)."""
 
+    record: ProtectionRecord
+
     @initialize()
     def begin(self) -> None:
         record = transitions.begin(
@@ -94,6 +96,8 @@ class Protection(RuleBasedStateMachine):
                     self.to_backup.append((code, 0, False))
                 case act.DestroyVm() | act.QuitVm():
                     self.primary_lives = False
+                case _:
+                    pass
 
     def perform_backup(self, actions: list[act.Action]) -> None:
         for action in actions:
@@ -112,6 +116,8 @@ class Protection(RuleBasedStateMachine):
                     self.perform_backup(self.backup.promoted())
                 case act.DestroyVm():
                     self.standby_lives = False
+                case _:
+                    pass
 
     # --- the primary's side -----------------------------------------------------------------------
 
@@ -272,6 +278,6 @@ class Protection(RuleBasedStateMachine):
 
 
 def test_whatever_happens_at_most_one_side_goes_on_and_knows_all_that_left() -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Protection, settings=settings(max_examples=800, stateful_step_count=40, deadline=None)
     )

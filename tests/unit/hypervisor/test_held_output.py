@@ -57,7 +57,7 @@ def test_taking_all_ends_the_closed_epoch_too() -> None:
 
 
 def test_beyond_the_limit_whole_packets_are_dropped_and_counted() -> None:
-    held = HeldOutput(limit_bytes=10)
+    held = HeldOutput(limit_bytes=len(frame(b"first") + frame(b"second")))
     held.feed(frame(b"first") + frame(b"second"))
     held.feed(frame(b"third") + frame(b"fourth") + frame(b"fifth")[:6])
     assert held.dropped_packets == 2

@@ -84,6 +84,20 @@ def test_video_memory_is_found_by_its_shape_where_gpa2hva_has_it(name: str) -> N
     assert address_by_shape(vram, parse_maps(sample(f"{name}.maps")), set()) == told[1]
 
 
+def test_a_view_that_is_not_rendered_lends_no_ranges_from_the_next() -> None:
+    text = (
+        "FlatView #0\n"
+        ' AS "memory", root: system\n'
+        " Root memory region: (none)\n"
+        "  No rendered FlatView\n\n"
+        "FlatView #1\n"
+        ' AS "other", root: x\n'
+        "  0000000000000000-0000000000000fff (prio 0, ram): other.ram\n"
+    )
+    assert parse_flat_view(text) == []
+    assert len(parse_flat_view(text, "other")) == 1
+
+
 def test_newer_qemus_print_the_host_address() -> None:
     text = (
         "              Block Name    PSize              Offset               Used"

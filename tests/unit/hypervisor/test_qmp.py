@@ -116,6 +116,8 @@ def test_an_answer_after_its_deadline_is_dropped(pair: tuple[QmpConnection, sock
         connection.wait(late, timeout_s=0.02)
     peer.sendall(b'{"return": 1, "id": 2}\r\n{"return": 2, "id": 3}\r\n')
     assert connection.wait(next_one) == 2
+    assert connection._answers == {}
+    assert connection._forgotten == set()
 
 
 def test_hanging_up_fails_every_wait_and_is_told_once(
