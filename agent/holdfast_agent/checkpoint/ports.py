@@ -10,8 +10,8 @@ A capture uses them in this order, and the order is the safety:
     vm.wait_stopped()             everything goes out in one write; returns when the guest stands
     tracker.harvest()             which clears the dirty set: from here on the pages are owed
     memory.copy_out(...)          while QEMU saves its devices
+    vm.wait_saved()               a save that failed must not have closed the epoch
     plug.finish_insert()          the epoch's output is closed off; only now may the guest run
-    vm.wait_saved()
     vm.resume()
 """
 

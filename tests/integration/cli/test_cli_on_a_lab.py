@@ -1,4 +1,4 @@
-"""The command `holdfast` as people type it, against a real lab: one VM's life from vms to unprotect."""
+"""The command `holdfast` as people type it, against a real lab: one VM's protected life."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.netns, pytest.mark.etcd]
 VM = "web"
 HOLDFAST = [str(Path(sys.executable).with_name("holdfast"))]
 DEADLINE_SECONDS = 90.0
-OK, USAGE, REFUSED, NOT_REACHABLE, INTERRUPTED = 0, 2, 3, 4, 130
+OK, USAGE, REFUSED, NOT_REACHABLE = 0, 2, 3, 4
 
 Done = subprocess.CompletedProcess[str]
 
@@ -127,11 +127,10 @@ def a_vm_lives_under_protection(lab: Lab) -> None:
     assert "h3 is" in run(lab, "switchover", VM, "--to", "h2", code=REFUSED).stderr
     moved = run(lab, "switchover", VM, "--wait")
     assert "runs on h3 now" in moved.stderr
-    assert "passed over h1" not in moved.stdout
     with lab.redis(VM) as redis:
         assert redis.command("INCR", "count") == 1
     assert "not protected any more" in run(lab, "unprotect", VM, "--wait").stdout
     assert "not-protected" in run(lab, "unprotect", VM, code=REFUSED).stderr
-    assert "no VM is protected" in run(lab, "status").stdout
+    assert "no VM is protected" in run(lab, "status").stderr
     (seen,) = read(lab, "vms")["vms"]
     assert seen["host"] == "h3"
