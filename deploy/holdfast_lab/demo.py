@@ -55,7 +55,7 @@ MOMENTS = (
     ("won_at_monotonic_ns", "the claim is won: nobody else may go on"),
     (RUNNING, "the guest runs again"),
 )
-NEXT_REPLY = "the client has its next reply (TCP repeats a lost request after 200 ms)"
+NEXT_REPLY = "the client has its next reply (its TCP asks again after 200 ms)"
 
 
 @dataclass

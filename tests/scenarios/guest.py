@@ -135,8 +135,11 @@ class SimulatedVm:
 
     # --- port VirtualMachine ----------------------------------------------------------------------
 
-    def begin_stop_and_save(self) -> None:
+    def begin_stop(self) -> None:
         self._must_live()
+
+    def begin_save(self) -> None:
+        assert not self.is_running, "devices are saved while the guest stands"
 
     def wait_stopped(self) -> None:
         was_running = self.is_running

@@ -2,9 +2,10 @@
 
 This is the flow of the pause, in the order that makes it safe:
 
-1. stop, save and the plug's commands leave in one write; the guest stands when stop is answered;
-2. the dirty set is harvested, which clears it: from here on its pages are owed (INV-8);
-3. what is owed is copied into slabs while QEMU saves its devices;
+1. stop and the plug's commands leave in one write; the guest stands when stop is answered, and QEMU
+   begins to save its devices;
+2. meanwhile the dirty set is harvested, which clears it: from here on its pages are owed (INV-8);
+3. what is owed is copied into slabs;
 4. the epoch's output is closed off behind the plug, and only then
 5. the guest runs again.
 
@@ -81,11 +82,12 @@ class Capturer:
         if self._is_blind:
             raise VirtualMachineFailed("the dirty set is unknown since an earlier harvest failed")
         began = self._now_ns()
-        self._vm.begin_stop_and_save()
+        self._vm.begin_stop()
         self._plug.begin_insert()
         self._vm.wait_stopped()
         stopped = self._now_ns()
         try:
+            self._vm.begin_save()
             self._is_blind = True
             self._owed.owe(self._tracker.harvest())
             self._is_blind = False

@@ -5,11 +5,12 @@ they match these Protocols by shape and import nothing from here.
 
 A capture uses them in this order, and the order is the safety:
 
-    vm.begin_stop_and_save()      queued, not sent
+    vm.begin_stop()               queued, not sent
     plug.begin_insert()           queued behind it (a plug inside QEMU), or nothing (a kernel plug)
     vm.wait_stopped()             everything goes out in one write; returns when the guest stands
+    vm.begin_save()               from here on QEMU saves its devices, beside what follows
     tracker.harvest()             which clears the dirty set: from here on the pages are owed
-    memory.copy_out(...)          while QEMU saves its devices
+    memory.copy_out(...)
     vm.wait_saved()               a save that failed must not have closed the epoch
     plug.finish_insert()          the epoch's output is closed off; only now may the guest run
     vm.resume()
@@ -39,8 +40,8 @@ __all__ = [
 class VirtualMachine(Protocol):
     """The QEMU of a VM that runs: the primary's side. One user at a time; not thread-safe."""
 
-    def begin_stop_and_save(self) -> None:
-        """Queue stop and device-state save; nothing is sent yet."""
+    def begin_stop(self) -> None:
+        """Queue stop, and prepare the device-state save; nothing is sent yet."""
 
     def wait_stopped(self) -> None:
         """Send what is queued and return when the guest stands still.
@@ -48,8 +49,11 @@ class VirtualMachine(Protocol):
         Raises VirtualMachineFailed; the guest may then stand or run.
         """
 
+    def begin_save(self) -> None:
+        """Let QEMU save the devices of the standing guest; returns at once."""
+
     def wait_saved(self) -> bytes:
-        """Return the device state saved by the last `begin_stop_and_save`.
+        """Return the device state saved since `begin_save`.
 
         Raises VirtualMachineFailed; the guest still stands.
         """

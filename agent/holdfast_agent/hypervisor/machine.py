@@ -1,7 +1,8 @@
 """The QEMU of a running VM, driven over QMP. Talks to its monitor socket; signals its process.
 
-A capture is `stop` and `xen-save-devices-state` in one write, answered in order, and a `cont`
-whose last byte is kept back until the caller is done (see `qmp.py` for why a byte matters).
+A capture is `stop`, `xen-save-devices-state` and `cont`. The last byte of each next command is kept
+back until its turn, so that QEMU has read the rest when it matters (see `qmp.py` for why a byte
+does); the save's is sent the moment `stop` is answered, and runs beside the harvest.
 
 The state is saved into a memory file of ours: QEMU gets a descriptor of it (opened write-only, as
 it asks for: access modes must match) and is told `/dev/fdset/N`, so neither a path nor a
@@ -101,6 +102,7 @@ class QemuMachine:
         self._fdset = -1
         self._stop: Ticket | None = None
         self._save: Ticket | None = None
+        self._cont_is_prepared = False
         self._closed = False
         try:
             self._position = os.open(f"/proc/self/fd/{self._state}", os.O_WRONLY | os.O_CLOEXEC)
@@ -155,14 +157,14 @@ class QemuMachine:
 
     # --- the capture ------------------------------------------------------------------------------
 
-    def begin_stop_and_save(self) -> None:
-        """Queue stop and device-state save; nothing is sent yet."""
+    def begin_stop(self) -> None:
+        """Queue stop, and the save but for its last byte; nothing is sent yet."""
+        assert self._stop is None, "a capture is under way"
         assert self._save is None, "a capture is under way"
         os.lseek(self._position, 0, os.SEEK_SET)
         self.qmp.take_events("STOP")
         self._stop = self.qmp.queue("stop", brief=True)
-        self._save = self.qmp.queue("xen-save-devices-state", self._save_arguments, brief=True)
-        self.qmp.arm("cont")
+        self.qmp.arm("xen-save-devices-state", self._save_arguments)
 
     def wait_stopped(self) -> None:
         """Send what is queued and return when the guest stands still.
@@ -170,19 +172,27 @@ class QemuMachine:
         Raises VirtualMachineNotRunning when it stood already (it is left so), else
         VirtualMachineFailed; the guest may then stand or run.
         """
-        assert self._stop is not None, "begin_stop_and_save comes first"
+        assert self._stop is not None, "begin_stop comes first"
         stop, self._stop = self._stop, None
         self.qmp.wait(stop)
         if not self.qmp.saw_event("STOP"):
             self._give_up_capture()
             raise VirtualMachineNotRunning(self._status())
 
+    def begin_save(self) -> None:
+        """Let the prepared save begin; returns at once. Then `cont` is prepared the same way."""
+        self._save = self.qmp.fire()
+        assert self._save is not None, "begin_stop and wait_stopped come first"
+        self.qmp.arm("cont")
+        self._cont_is_prepared = True
+        self.qmp.flush()
+
     def wait_saved(self) -> bytes:
-        """Return the device state saved by the last `begin_stop_and_save`.
+        """Return the device state saved since `begin_save`.
 
         Raises VirtualMachineFailed; the guest still stands.
         """
-        assert self._save is not None, "begin_stop_and_save comes first"
+        assert self._save is not None, "begin_save comes first"
         save, self._save = self._save, None
         self.qmp.wait(save)
         size_bytes = os.lseek(self._position, 0, os.SEEK_CUR)
@@ -200,6 +210,9 @@ class QemuMachine:
         if self._save is not None:
             self.qmp.forget(self._save)
             self._save = None
+        if not self._cont_is_prepared:  # what is prepared then is a save that nobody wants
+            self.qmp.disarm()
+        self._cont_is_prepared = False
         armed = self.qmp.fire()
         self.qmp.wait(self.qmp.queue("cont", brief=True) if armed is None else armed)
 
@@ -222,6 +235,7 @@ class QemuMachine:
             if ticket is not None:
                 self.qmp.forget(ticket)
         self.qmp.disarm()
+        self._cont_is_prepared = False
         self._stop = self._save = None
 
     def _status(self) -> str:

@@ -193,13 +193,13 @@ class QmpConnection:
             self.flush(fds)
         return ticket
 
-    def arm(self, command: str) -> None:
+    def arm(self, command: str, arguments: Mapping[str, Any] | None = None) -> None:
         """Queue a command without its last byte; `fire` sends that byte.
 
         Any other command queued meanwhile calls it off.
         """
         assert self._armed is None, "one command can be armed"
-        ticket, data = self._encode(command, None, brief=True)
+        ticket, data = self._encode(command, arguments, brief=True)
         self._unsent.append(data[:-1])
         self._armed = ticket
 

@@ -34,9 +34,10 @@ def pinging(
 
 
 def capture(machine: QemuMachine, plug: FilterPlug) -> None:
-    machine.begin_stop_and_save()
+    machine.begin_stop()
     plug.begin_insert()
     machine.wait_stopped()
+    machine.begin_save()
     plug.finish_insert()
     machine.wait_saved()
     machine.resume()

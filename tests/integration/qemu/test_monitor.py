@@ -70,8 +70,9 @@ def test_a_capture_saves_the_devices_and_the_guest_runs_on(start_qemu: Callable[
     machine = QemuMachine.attach(qemu.qmp_path)
     states = []
     for _ in range(3):
-        machine.begin_stop_and_save()
+        machine.begin_stop()
         machine.wait_stopped()
+        machine.begin_save()
         states.append(machine.wait_saved())
         machine.resume()
         assert machine.qmp.execute("query-status")["status"] == "running"
@@ -84,11 +85,18 @@ def test_a_capture_saves_the_devices_and_the_guest_runs_on(start_qemu: Callable[
 
 def test_a_capture_may_be_given_up_and_taken_again(start_qemu: Callable[..., Any]) -> None:
     machine = QemuMachine.attach(start_qemu().qmp_path)
-    machine.begin_stop_and_save()
+    machine.begin_stop()
     machine.wait_stopped()
     machine.resume()
-    machine.begin_stop_and_save()
+    assert machine.qmp.execute("query-status")["status"] == "running"
+    machine.begin_stop()
     machine.wait_stopped()
+    machine.begin_save()
+    machine.resume()
+    assert machine.qmp.execute("query-status")["status"] == "running"
+    machine.begin_stop()
+    machine.wait_stopped()
+    machine.begin_save()
     assert machine.wait_saved()[:4] == b"QEVM"
     machine.stop()
     assert machine.qmp.execute("query-status")["status"] == "paused"
@@ -100,8 +108,9 @@ def test_a_capture_may_be_given_up_and_taken_again(start_qemu: Callable[..., Any
 def test_a_final_capture_leaves_the_guest_standing(start_qemu: Callable[..., Any]) -> None:
     qemu = start_qemu()
     machine = QemuMachine.attach(qemu.qmp_path)
-    machine.begin_stop_and_save()
+    machine.begin_stop()
     machine.wait_stopped()
+    machine.begin_save()
     machine.wait_saved()
     machine.close()
     qmp = qemu.connect()
@@ -112,7 +121,7 @@ def test_a_final_capture_leaves_the_guest_standing(start_qemu: Callable[..., Any
 def test_a_guest_that_stood_already_is_noticed_and_left_so(start_qemu: Callable[..., Any]) -> None:
     machine = QemuMachine.attach(start_qemu().qmp_path)
     machine.stop()
-    machine.begin_stop_and_save()
+    machine.begin_stop()
     with pytest.raises(VirtualMachineNotRunning) as failure:
         machine.wait_stopped()
     assert failure.value.status == "paused"
@@ -127,14 +136,16 @@ def test_capturing_leaks_no_descriptors_in_qemu(start_qemu: Callable[..., Any]) 
     def count() -> int:
         return len(os.listdir(f"/proc/{qemu.process.pid}/fd"))  # noqa: PTH208 - only counted
 
-    machine.begin_stop_and_save()
+    machine.begin_stop()
     machine.wait_stopped()
+    machine.begin_save()
     machine.wait_saved()
     machine.resume()
     before = count()
     for _ in range(20):
-        machine.begin_stop_and_save()
+        machine.begin_stop()
         machine.wait_stopped()
+        machine.begin_save()
         machine.wait_saved()
         machine.resume()
     assert count() == before
@@ -159,7 +170,7 @@ def test_a_shutdown_from_inside_leaves_qemu_behind_to_tell(
     assert machine.qmp.execute("query-status")["status"] == "shutdown"
     with pytest.raises(VirtualMachineFailed, match="Resetting"):
         machine.resume()
-    machine.begin_stop_and_save()
+    machine.begin_stop()
     with pytest.raises(VirtualMachineNotRunning) as failure:
         machine.wait_stopped()
     assert failure.value.status == "shutdown"

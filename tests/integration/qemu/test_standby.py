@@ -68,8 +68,9 @@ def fill(standby: QemuStandby, primary: GuestMemory) -> None:
 
 
 def stopped_and_saved(machine: QemuMachine) -> bytes:
-    machine.begin_stop_and_save()
+    machine.begin_stop()
     machine.wait_stopped()
+    machine.begin_save()
     return machine.wait_saved()
 
 
@@ -115,8 +116,9 @@ def test_a_guest_goes_on_in_its_standby_where_it_was(
     assert promoted.qmp.execute("query-status")["status"] == "running"
     standby.destroy()
     assert promoted.qmp.execute("query-status")["status"] == "running"
-    promoted.begin_stop_and_save()
+    promoted.begin_stop()
     promoted.wait_stopped()
+    promoted.begin_save()
     promoted.wait_saved()
     promoted.resume()
     promoted.close()

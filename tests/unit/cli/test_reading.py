@@ -121,6 +121,15 @@ def test_status_of_one_vm_says_why_it_is_not_protected(
     assert "unprotected for 1 min 15 s" in out
 
 
+def test_a_note_of_a_choice_that_was_made_explains_no_missing_backup(
+    controller: FakeController, holdfast: Run
+) -> None:
+    note = PlacementNote(chosen="h2", rejections=(Rejection(host="h1", reason="is the primary"),))
+    shown = protection(Phase.UNPROTECTED, placement=note)
+    controller.on("GET", "/v1/vms/redis/protection", good(shown))
+    assert "passed over" not in holdfast("status", "redis").out
+
+
 @pytest.mark.parametrize(
     ("arguments", "path", "shown"),
     [
