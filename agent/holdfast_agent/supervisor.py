@@ -338,7 +338,9 @@ class Supervisor:
                 LOGGER.info("worker of %s finished: %s", vm, message.outcome)
                 if message.vm_lives:
                     self._ledger.update(vm, is_plugged=False)
-                else:
+                else:  # what a worker calls gone must be gone (INV-6)
+                    entry = self._ledger.entry(vm)
+                    await asyncio.to_thread(kill_and_wait, entry.qemu_pid, entry.qemu_start_ticks)
                     self._ledger.forget(vm)
                     await self._remove_remains(vm)
 

@@ -22,7 +22,7 @@ from holdfast_agent.checkpoint.ports import (
 from holdfast_agent.checkpoint.primary import PrimaryDriver, PrimaryParts
 from holdfast_agent.checkpoint.seeding import Seeding
 from holdfast_agent.core.epoch import PrimaryMachine
-from holdfast_agent.core.failures import PeerLost, VirtualMachineFailed
+from holdfast_agent.core.failures import PeerLost, VirtualMachineFailed, VirtualMachineGone
 from holdfast_agent.core.frames import DEFAULT_LIMITS, PROTOCOL_VERSION, FrameRejected
 from holdfast_agent.core.memory_map import MemoryMap, empty_rows
 from holdfast_agent.core.pages import OwedPages
@@ -106,11 +106,14 @@ def protect(order: WorkerOrder) -> None:
 
 
 def recover(order: WorkerOrder, *, is_certain: bool) -> None:
-    """Take over the VM from a worker that died; unless `is_certain`, claim first."""
+    """Take over the VM from a worker that died; unless `is_certain`, claim first.
+
+    A monitor that does not answer now ends this worker; its agent starts the next one.
+    """
     channel = AgentChannel(order.socket, introduction(order))
     try:
         attached = _attach(order, channel, keeps_closed=not is_certain)
-    except VirtualMachineFailed as error:
+    except VirtualMachineGone as error:
         LOGGER.warning("there is nothing to recover: %s", error)
         say_last_word(channel, f"there is nothing to recover: {error}", vm_lives=False)
         return
@@ -140,7 +143,7 @@ def _attach(order: WorkerOrder, channel: AgentChannel, *, keeps_closed: bool = F
         found = examine(machine.qmp, machine.pid, argv_of(machine.pid))
         channel.introduce(introduction(order, found))
         blocking = [issue for issue in found.issues if issue.severity is Severity.BLOCKING]
-        if blocking and not order.mode == "clean" and found.running:
+        if blocking and order.mode == "protect":
             raise VirtualMachineFailed("; ".join(issue.message for issue in blocking))
         memory_map = MemoryMap.of_sizes((block.name, block.size_bytes) for block in found.blocks)
         spec = machine.spec(order.assignment.vm, memory_map)
@@ -150,8 +153,11 @@ def _attach(order: WorkerOrder, channel: AgentChannel, *, keeps_closed: bool = F
         if keeps_closed:
             plug.hold()
         else:
+            # A guest that stands was stopped by the worker that died, unless nothing was held.
+            was_left = plug.leftover_held or order.mode == "clean"
             plug.release_all()
-            machine.resume_if_ours()
+            if was_left:
+                machine.resume_if_ours()
         memory = GuestMemory(machine.pid, found.blocks, memory_map)
         stack.callback(memory.close)
         tracker = _tracker(order, machine, found, memory)

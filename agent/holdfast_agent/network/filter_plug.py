@@ -332,6 +332,7 @@ class UnbufferedPlug:
     """Port `OutputPlug` that holds nothing. UNSAFE: for measuring what holding costs."""
 
     name = "unbuffered"
+    leftover_held = False
 
     def install(self) -> None:
         """Do nothing."""
