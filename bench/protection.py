@@ -149,7 +149,7 @@ def _pause_of(name: str, options: VmOptions, interval_ms: int) -> None:
 
 
 def pause() -> None:
-    """Guest A: 256 MiB, 20,000 pages a second at 20 ms. Guest B: 2 GiB, some 4,000 pages in each."""
+    """Guest A: 256 MiB, 20,000 pages a second at 20 ms. Guest B: 2 GiB, some 4,000 in each."""
     small = VmOptions(memory_mb=256, shared_memory=True, dirty_mb=64, dirty_pps=20_000)
     _pause_of("A", small, 20)
     large = VmOptions(memory_mb=2048, shared_memory=True, dirty_mb=1024, dirty_pps=200_000)

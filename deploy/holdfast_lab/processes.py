@@ -17,9 +17,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from holdfast_lab.errors import LabTimedOut
+from holdfast_lab.namespaces import NETNS_FOLDER
 
 POLL_SECONDS = 0.002
 FIRST_INHERITED = 3
+ENTER_SECONDS = 10.0
 """Inherited descriptors are numbered from here in the new process, as systemd does it."""
 
 
@@ -43,8 +45,9 @@ def spawn(
 ) -> Process:
     """Start a program in a session of its own, its output appended to `log`.
 
-    In `namespace` the program also sees that namespace's /sys. The descriptors `inherit` become
-    3, 4, ... there and stay the caller's here. Nothing ends the process but its owner.
+    Returns when it is inside `namespace`, if given. There it also sees that namespace's /sys. The
+    descriptors `inherit` become 3, 4, ... there and stay the caller's here. Nothing ends the
+    process but its owner.
     """
     command = [*(("ip", "netns", "exec", namespace) if namespace else ()), *argv]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +73,21 @@ def spawn(
     started_ticks = _started_ticks(pid)
     # Even if it has ended by now: it is our child and not reaped, so /proc still has it.
     assert started_ticks is not None
-    return Process(pid=pid, started_ticks=started_ticks)
+    process = Process(pid=pid, started_ticks=started_ticks)
+    if namespace is not None:
+        _wait_inside(process, namespace)
+    return process
+
+
+def _wait_inside(process: Process, namespace: str) -> None:
+    """Wait until a process has entered its namespace: who clears it before would miss it."""
+    wanted = (NETNS_FOLDER / namespace).stat().st_ino
+    deadline = time.monotonic() + ENTER_SECONDS
+    while is_alive(process) and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):  # it ends just now
+            if Path(f"/proc/{process.pid}/ns/net").stat().st_ino == wanted:
+                return
+        time.sleep(0.002)
 
 
 def _own_environment() -> dict[str, str]:

@@ -169,6 +169,9 @@ def test_an_interrupt_while_coming_up_leaves_nothing(lab_name: str) -> None:
     with subprocess.Popen([sys.executable, "-c", MAKE_A_LAB, lab_name]) as maker:
         assert eventually(lambda: namespaces.exists(f"hf-{lab_name}-{CONTROL}"))
         os.kill(maker.pid, signal.SIGINT)
-        maker.wait(30)
+        try:
+            maker.wait(30)
+        finally:
+            maker.kill()
     assert lab_name not in lab_names()
     assert not [name for name in namespaces.names() if name.startswith(f"hf-{lab_name}-")]
