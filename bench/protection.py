@@ -134,7 +134,7 @@ def _pause_of(name: str, options: VmOptions, interval_ms: int) -> None:
         copy_ms = _numpy_copy_ms(options.memory_mb, pages)
         parts = ", ".join(
             f"{part} {counters[f'{part}_seconds'] / checkpoints * 1e3:.2f}"
-            for part in ("stop", "harvest", "copy", "save", "resume", "transmit")
+            for part in ("stop", "harvest", "copy", "resume", "transmit")
         )
         print(
             f"{name}: {int(checkpoints)} checkpoints of {pages} pages every {interval_ms} ms: "

@@ -60,6 +60,7 @@ class SimulatedVm:
         self.is_running = False
         self.has_shut_down = False
         self.failing_saves = 0
+        self._is_final = self._is_capturing = False
         self.work = 0
         self.stood_with = self.memory.copy()
         """Memory when the guest last stood still for a checkpoint."""
@@ -135,26 +136,39 @@ class SimulatedVm:
 
     # --- port VirtualMachine ----------------------------------------------------------------------
 
-    def begin_stop(self) -> None:
+    def prepare(self) -> None:
+        """Nothing is sent beforehand."""
+
+    def begin_capture(self, *, final: bool) -> None:
         self._must_live()
+        self._is_final = final
 
-    def begin_save(self) -> None:
-        assert not self.is_running, "devices are saved while the guest stands"
-
-    def wait_stopped(self) -> None:
+    def wait_standing(self) -> None:
         was_running = self.is_running
         self.stop()
         if not was_running:
             raise VirtualMachineNotRunning("shutdown" if self.has_shut_down else "paused")
+        self._is_capturing = True
         self.stood_with = self.memory.copy()
 
-    def wait_saved(self) -> bytes:
+    def finish_capture(self) -> bytes:
+        assert not self.is_running, "devices are saved while the guest stands"
+        state = json.dumps({"work": self.work, "packets": self.packet_count}).encode()
         self._take(SAVE_NS)
         if self.failing_saves:
             self.failing_saves -= 1
             self._world.log(self._host, "QEMU can not save its devices")
+            self.abandon_capture()
             raise VirtualMachineFailed("can not save", command="xen-save-devices-state")
-        return json.dumps({"work": self.work, "packets": self.packet_count}).encode()
+        self._is_capturing = False
+        if not self._is_final:
+            self.resume()
+        return state
+
+    def abandon_capture(self) -> None:
+        if self._is_capturing:
+            self._is_capturing = False
+            self.resume()
 
     def resume(self) -> None:
         self._take(RESUME_NS)

@@ -65,10 +65,11 @@ class SimulatedPlug:
         self.is_holding = True
         self.is_walled = False
 
-    def begin_insert(self) -> None:
-        """Nothing to queue."""
+    def reopen_epoch(self) -> None:
+        self._open = [*(self._closed or []), *self._open]
+        self._closed = None
 
-    def finish_insert(self) -> None:
+    def close_epoch(self) -> None:
         assert self.is_holding, "captured before output was held (INV-7)"
         assert self._closed is None, "a second epoch was closed before the first was released"
         self._closed, self._open = self._open, []

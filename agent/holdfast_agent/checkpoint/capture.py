@@ -2,16 +2,15 @@
 
 This is the flow of the pause, in the order that makes it safe:
 
-1. stop and the plug's commands leave in one write; the guest stands when stop is answered, and QEMU
-   begins to save its devices;
-2. meanwhile the dirty set is harvested, which clears it: from here on its pages are owed (INV-8);
+1. QEMU stops the guest, and saves its devices while we go on;
+2. the dirty set is harvested, which clears it: from here on its pages are owed (INV-8);
 3. what is owed is copied into slabs;
 4. the epoch's output is closed off behind the plug, and only then
-5. the guest runs again.
+5. QEMU ends its save and the guest runs again.
 
-If anything fails, the pages go back to what is owed, the guest runs again if it still can, and the
-output stays held; the next checkpoint takes everything along. A harvest that failed left the dirty
-set unknown: from then on no checkpoint is taken any more.
+If anything fails, the pages go back to what is owed, the closed output to the epoch that runs, the
+guest runs again if it still can, and the output stays held; the next checkpoint takes everything
+along. A harvest that failed left the dirty set unknown: from then on no checkpoint is taken.
 """
 
 from collections.abc import Callable
@@ -35,13 +34,12 @@ class Checkpoint:
     device_state: bytes
     page_count: int
     pause_ns: int
-    """From before stop was sent until QEMU said that the guest runs (or until all was saved)."""
+    """From before the guest was told to stop until QEMU said that it runs (or all was saved)."""
     stop_ns: int
     harvest_ns: int
     copy_ns: int
-    save_ns: int
-    """Time waited for the device state after the copy was done."""
     resume_ns: int
+    """From the end of the copy: the rest of the save, and until QEMU let the guest run."""
 
 
 class Capturer:
@@ -82,28 +80,24 @@ class Capturer:
         if self._is_blind:
             raise VirtualMachineFailed("the dirty set is unknown since an earlier harvest failed")
         began = self._now_ns()
-        self._vm.begin_stop()
-        self._plug.begin_insert()
-        self._vm.wait_stopped()
+        self._vm.begin_capture(final=final)
+        self._vm.wait_standing()
         stopped = self._now_ns()
         try:
-            self._vm.begin_save()
             self._is_blind = True
             self._owed.owe(self._tracker.harvest())
             self._is_blind = False
             harvested = self._now_ns()
             indexes = self._owed.take()
             batches = self._copy(indexes)
+            self._plug.close_epoch()
             copied = self._now_ns()
-            device_state = self._vm.wait_saved()
-            self._plug.finish_insert()
+            device_state = self._vm.finish_capture()
         except VirtualMachineFailed:
             self.failed()
-            self._vm.resume()
+            self._plug.reopen_epoch()
+            self._vm.abandon_capture()
             raise
-        saved = self._now_ns()
-        if not final:
-            self._vm.resume()
         ended = self._now_ns()
         return Checkpoint(
             epoch=epoch,
@@ -115,8 +109,7 @@ class Capturer:
             stop_ns=stopped - began,
             harvest_ns=harvested - stopped,
             copy_ns=copied - harvested,
-            save_ns=saved - copied,
-            resume_ns=ended - saved,
+            resume_ns=ended - copied,
         )
 
     def acknowledged(self) -> None:
@@ -124,6 +117,7 @@ class Capturer:
         self._owed.acknowledged()
         self._slabs.give_back()
         self._is_staged = False
+        self._vm.prepare()
         self._slabs.reserve(min(self._last_page_count * 2, self._memory.memory_map.page_count))
 
     def failed(self) -> None:

@@ -22,7 +22,6 @@ PRIMARY_COUNTERS = (
     "stop_seconds",
     "harvest_seconds",
     "copy_seconds",
-    "save_seconds",
     "resume_seconds",
     "transmit_seconds",
     "acknowledgement_seconds",
@@ -74,7 +73,6 @@ class PrimaryFigures:
         add("stop_seconds", checkpoint.stop_ns / 1e9)
         add("harvest_seconds", checkpoint.harvest_ns / 1e9)
         add("copy_seconds", checkpoint.copy_ns / 1e9)
-        add("save_seconds", checkpoint.save_ns / 1e9)
         add("resume_seconds", checkpoint.resume_ns / 1e9)
 
     def sent(self, transmit_ns: int) -> None:

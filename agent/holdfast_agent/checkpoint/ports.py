@@ -5,15 +5,14 @@ they match these Protocols by shape and import nothing from here.
 
 A capture uses them in this order, and the order is the safety:
 
-    vm.begin_stop()               queued, not sent
-    plug.begin_insert()           queued behind it (a plug inside QEMU), or nothing (a kernel plug)
-    vm.wait_stopped()             everything goes out in one write; returns when the guest stands
-    vm.begin_save()               from here on QEMU saves its devices, beside what follows
+    vm.begin_capture(final=...)   the guest is being stopped
+    vm.wait_standing()            it stands, and QEMU saves its devices
     tracker.harvest()             which clears the dirty set: from here on the pages are owed
     memory.copy_out(...)
-    vm.wait_saved()               a save that failed must not have closed the epoch
-    plug.finish_insert()          the epoch's output is closed off; only now may the guest run
-    vm.resume()
+    plug.close_epoch()            the epoch's output is closed off; only now may the guest run
+    vm.finish_capture()           it runs, unless the capture was final
+
+If anything of it fails: vm.abandon_capture(), plug.reopen_epoch(), and the pages stay owed.
 """
 
 from collections.abc import Sequence
@@ -40,23 +39,30 @@ __all__ = [
 class VirtualMachine(Protocol):
     """The QEMU of a VM that runs: the primary's side. One user at a time; not thread-safe."""
 
-    def begin_stop(self) -> None:
-        """Queue stop, and prepare the device-state save; nothing is sent yet."""
+    def prepare(self) -> None:
+        """Do beforehand what can be done of the next capture; costs the guest nothing."""
 
-    def wait_stopped(self) -> None:
-        """Send what is queued and return when the guest stands still.
+    def begin_capture(self, *, final: bool) -> None:
+        """Let QEMU stop the guest and save its devices; returns at once.
 
-        Raises VirtualMachineFailed; the guest may then stand or run.
+        After a `final` capture the guest goes on standing.
         """
 
-    def begin_save(self) -> None:
-        """Let QEMU save the devices of the standing guest; returns at once."""
+    def wait_standing(self) -> None:
+        """Return when the guest stands still and what its devices had begun is done.
 
-    def wait_saved(self) -> bytes:
-        """Return the device state saved since `begin_save`.
-
-        Raises VirtualMachineFailed; the guest still stands.
+        Raises VirtualMachineNotRunning when it stood already, else VirtualMachineFailed; the guest
+        is then left as it was.
         """
+
+    def finish_capture(self) -> bytes:
+        """Return the device state; when it returns, the guest runs unless the capture was final.
+
+        Raises VirtualMachineFailed: there is no checkpoint; the guest runs if QEMU lets it.
+        """
+
+    def abandon_capture(self) -> None:
+        """End a capture that will be no checkpoint: the guest runs again if it did. Idempotent."""
 
     def resume(self) -> None:
         """Let the guest run; returns when QEMU has said so."""
@@ -154,14 +160,14 @@ class OutputPlug(Protocol):
     def hold(self) -> None:
         """From now on nothing leaves (INV-7): the first epoch begins."""
 
-    def begin_insert(self) -> None:
-        """Queue the closing of the current epoch, for plugs that live inside QEMU."""
-
-    def finish_insert(self) -> None:
+    def close_epoch(self) -> None:
         """The current epoch is closed and the next one open when this returns.
 
         Only called while the guest stands still.
         """
+
+    def reopen_epoch(self) -> None:
+        """Make the epoch closed last, if it was not released, part of the one that runs."""
 
     def release_one(self) -> None:
         """Let the closed epoch's output go; the open epoch's stays. Does not wait for QEMU."""

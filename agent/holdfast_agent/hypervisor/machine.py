@@ -1,12 +1,16 @@
 """The QEMU of a running VM, driven over QMP. Talks to its monitor socket; signals its process.
 
-A capture is `stop`, `xen-save-devices-state` and `cont`. The last byte of each next command is kept
-back until its turn, so that QEMU has read the rest when it matters (see `qmp.py` for why a byte
-does); the save's is sent the moment `stop` is answered, and runs beside the harvest.
+A capture is one command, `xen-save-devices-state`: QEMU stops the guest, saves its devices into a
+pipe of ours and lets the guest run again. It is sent beforehand but for its last byte (see `qmp.py`
+for why a byte matters). The pipe has too little room for the state, so QEMU, and the guest with
+it, stands until we read (`state_pipe.py`): that is when the dirty pages are harvested and copied.
+The first bytes in the pipe say that the guest stands *and* that its disk requests are drained; the
+`STOP` event comes before QEMU drains them, which is too early for a harvest.
 
-The state is saved into a memory file of ours: QEMU gets a descriptor of it (opened write-only, as
-it asks for: access modes must match) and is told `/dev/fdset/N`, so neither a path nor a
-permission is needed. QEMU truncates the file but keeps the shared position: we set that to 0.
+A capture that is final, the guest standing afterwards, has a `stop` before it: QEMU lets run again
+only what it stopped for the save. A QEMU that can not open the pipe (confined more narrowly) saves
+into a memory file through `/dev/fdset/N` instead, between a `stop` and a `cont`.
+
 `live: false` keeps QEMU from inactivating block devices, which it does after saving a stopped VM.
 
 Whether the guest really ran is told by the `STOP` event: QEMU sends it only when a `stop` found
@@ -19,6 +23,7 @@ Source: QEMU 7.2, `migration/savevm.c`, `softmmu/cpus.c`, `softmmu/runstate.c`.
 """
 
 import contextlib
+import logging
 import os
 import re
 import select
@@ -28,20 +33,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from holdfast_agent.core.failures import (
-    VirtualMachineFailed,
-    VirtualMachineNotRunning,
-)
+from holdfast_agent.core.failures import VirtualMachineFailed
 from holdfast_agent.core.memory_map import MemoryMap
 from holdfast_agent.core.vm_spec import VmSpec
-from holdfast_agent.hypervisor.device_state import check_saved
 from holdfast_agent.hypervisor.holding import argv_of
 from holdfast_agent.hypervisor.nics import read_nics
-from holdfast_agent.hypervisor.qmp import QmpConnection, QmpEvent, Ticket
+from holdfast_agent.hypervisor.qmp import QmpConnection, QmpEvent
+from holdfast_agent.hypervisor.saving import FileSaving, PipeSaving, status_of
 
-STATE_LIMIT_BYTES = 64 << 20
-"""A device state is some 30 KiB, with many vCPUs a few MiB; more is a fault."""
-QUIT_TIMEOUT_S = 3.0
+LOGGER = logging.getLogger(__name__)
 KILL_TIMEOUT_S = 10.0
 
 
@@ -88,26 +88,20 @@ def shutdown_action_of(argv: Sequence[str]) -> str:
 class QemuMachine:
     """Port `VirtualMachine`: one running QEMU; owns the connection it is given."""
 
-    def __init__(self, qmp: QmpConnection) -> None:
+    def __init__(self, qmp: QmpConnection, *, through_pipe: bool = True) -> None:
         """Attach to a QEMU; the guest is left as it is.
 
-        Raises VirtualMachineFailed; the connection is then still the caller's.
+        Without `through_pipe` the device state goes through a memory file from the start. Raises
+        VirtualMachineFailed; the connection is then still the caller's.
         """
         self.qmp = qmp
         self.identity = identify(qmp)
         self._argv = argv_of(self.identity.pid)
         self._pidfd = os.pidfd_open(self.identity.pid)
-        self._state = os.memfd_create("holdfast-device-state", os.MFD_CLOEXEC)
-        self._position = -1
-        self._fdset = -1
-        self._stop: Ticket | None = None
-        self._save: Ticket | None = None
-        self._cont_is_prepared = False
         self._closed = False
+        self._saving: PipeSaving | FileSaving | None = None
         try:
-            self._position = os.open(f"/proc/self/fd/{self._state}", os.O_WRONLY | os.O_CLOEXEC)
-            self._fdset = qmp.execute("add-fd", fds=(self._position,))["fdset-id"]
-            self._save_arguments = {"filename": f"/dev/fdset/{self._fdset}", "live": False}
+            self._saving = PipeSaving(qmp) if through_pipe else FileSaving(qmp)
             qmp.execute("set-action", {"shutdown": "pause"})
         except BaseException:
             self._close_descriptors()
@@ -157,89 +151,68 @@ class QemuMachine:
 
     # --- the capture ------------------------------------------------------------------------------
 
-    def begin_stop(self) -> None:
-        """Queue stop, and the save but for its last byte; nothing is sent yet."""
-        assert self._stop is None, "a capture is under way"
-        assert self._save is None, "a capture is under way"
-        os.lseek(self._position, 0, os.SEEK_SET)
-        self.qmp.take_events("STOP")
-        self._stop = self.qmp.queue("stop", brief=True)
-        self.qmp.arm("xen-save-devices-state", self._save_arguments)
+    def prepare(self) -> None:
+        """Have QEMU read all of the next capture's command but its last byte, beforehand."""
+        self._way().prepare()
 
-    def wait_stopped(self) -> None:
-        """Send what is queued and return when the guest stands still.
+    def begin_capture(self, *, final: bool) -> None:
+        """Let QEMU stop the guest and save its devices; returns at once."""
+        self._way().begin(final=final)
 
-        Raises VirtualMachineNotRunning when it stood already (it is left so), else
-        VirtualMachineFailed; the guest may then stand or run.
+    def wait_standing(self) -> None:
+        """Return when the guest stands still and its disk requests are drained.
+
+        Raises VirtualMachineNotRunning when it stood already, else VirtualMachineFailed; the guest
+        is then left as it was.
         """
-        assert self._stop is not None, "begin_stop comes first"
-        stop, self._stop = self._stop, None
-        self.qmp.wait(stop)
-        if not self.qmp.saw_event("STOP"):
-            self._give_up_capture()
-            raise VirtualMachineNotRunning(self._status())
-
-    def begin_save(self) -> None:
-        """Let the prepared save begin; returns at once. Then `cont` is prepared the same way."""
-        self._save = self.qmp.fire()
-        assert self._save is not None, "begin_stop and wait_stopped come first"
-        self.qmp.arm("cont")
-        self._cont_is_prepared = True
-        self.qmp.flush()
-
-    def wait_saved(self) -> bytes:
-        """Return the device state saved since `begin_save`.
-
-        Raises VirtualMachineFailed; the guest still stands.
-        """
-        assert self._save is not None, "begin_save comes first"
-        save, self._save = self._save, None
-        self.qmp.wait(save)
-        size_bytes = os.lseek(self._position, 0, os.SEEK_CUR)
-        if size_bytes > STATE_LIMIT_BYTES:
-            raise VirtualMachineFailed(f"QEMU saved {size_bytes} bytes of device state")
-        saved = os.pread(self._state, size_bytes, 0)
         try:
-            check_saved(saved)
-        except ValueError as error:
-            raise VirtualMachineFailed(f"QEMU saved no sound device state: {error}") from error
-        return saved
+            self._way().wait_standing()
+        except VirtualMachineFailed as error:
+            self._leave_pipe(error)
+            raise
+
+    def finish_capture(self) -> bytes:
+        """Return the device state; the guest runs again unless the capture was final.
+
+        Raises VirtualMachineFailed: there is no checkpoint; the guest runs if QEMU lets it.
+        """
+        try:
+            return self._way().finish()
+        except VirtualMachineFailed as error:
+            self.abandon_capture()
+            self._leave_pipe(error)
+            raise
+
+    def abandon_capture(self) -> None:
+        """End a capture that will be no checkpoint: the guest runs again if it did before it."""
+        self._way().abandon()
 
     def resume(self) -> None:
         """Let the guest run; returns when QEMU has said so."""
-        if self._save is not None:
-            self.qmp.forget(self._save)
-            self._save = None
-        if not self._cont_is_prepared:  # what is prepared then is a save that nobody wants
-            self.qmp.disarm()
-        self._cont_is_prepared = False
-        armed = self.qmp.fire()
-        self.qmp.wait(self.qmp.queue("cont", brief=True) if armed is None else armed)
+        self.qmp.wait(self.qmp.queue("cont", brief=True))
 
     def resume_if_ours(self) -> None:
         """Let a guest run that a worker left stopped when it died.
 
         QEMU's status is `paused` then. One that ended (`shutdown`) or failed is left alone.
         """
-        if self._status() == "paused":
+        if status_of(self.qmp) == "paused":
             self.resume()
 
     def stop(self) -> None:
         """Stop the guest outside of a capture (for a handover, or while a claim is undecided)."""
-        self._give_up_capture()
-        self.qmp.execute("stop")
+        self.qmp.wait(self.qmp.queue("stop", brief=True))
 
-    def _give_up_capture(self) -> None:
-        """Forget a capture's save; the `cont` that was armed for it must never be sent."""
-        for ticket in (self._stop, self._save):
-            if ticket is not None:
-                self.qmp.forget(ticket)
-        self.qmp.disarm()
-        self._cont_is_prepared = False
-        self._stop = self._save = None
+    def _way(self) -> PipeSaving | FileSaving:
+        assert self._saving is not None, "closed"
+        return self._saving
 
-    def _status(self) -> str:
-        return str(self.qmp.execute("query-status")["status"])
+    def _leave_pipe(self, error: VirtualMachineFailed) -> None:
+        """Use the file from now on if QEMU may not open the pipe."""
+        if isinstance(self._saving, PipeSaving) and self._saving.path in str(error):
+            LOGGER.warning("the device state goes through a memory file: %s", error)
+            self._saving.close()
+            self._saving = FileSaving(self.qmp)
 
     # --- the rest of a VM's life ------------------------------------------------------------------
 
@@ -261,17 +234,21 @@ class QemuMachine:
             return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        end_process(self._pidfd, self.identity.pid)
-        self.qmp.close()
+        if not _ended(self._pidfd, KILL_TIMEOUT_S):
+            raise VirtualMachineFailed(
+                f"process {self.pid} did not end within {KILL_TIMEOUT_S} s of SIGKILL"
+            )
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
         self._close_descriptors()
+        self.qmp.close()
 
     def close(self) -> None:
         """Let go of QEMU and leave it running as it is. Idempotent."""
         if self._closed:
             return
         with contextlib.suppress(VirtualMachineFailed):
-            self._give_up_capture()
-            self.qmp.execute("remove-fd", {"fdset-id": self._fdset})
+            self._way().close()
             self.qmp.execute("set-action", {"shutdown": shutdown_action_of(self._argv)})
         self.qmp.close()
         self._close_descriptors()
@@ -279,25 +256,9 @@ class QemuMachine:
     def _close_descriptors(self) -> None:
         if not self._closed:
             self._closed = True
-            for descriptor in (self._pidfd, self._state, self._position):
-                if descriptor >= 0:
-                    os.close(descriptor)
-
-
-def end_process(pidfd: int, pid: int) -> None:
-    """Kill the process behind `pidfd` unless it ends by itself; returns when it is gone.
-
-    Reaps it when it is our child. Raises VirtualMachineFailed when SIGKILL does not end it in time.
-    """
-    for timeout_s, signal_number in ((QUIT_TIMEOUT_S, signal.SIGKILL), (KILL_TIMEOUT_S, None)):
-        if _ended(pidfd, timeout_s):
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-            return
-        if signal_number is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal_number)
-    raise VirtualMachineFailed(f"process {pid} did not end within {KILL_TIMEOUT_S} s of SIGKILL")
+            if self._saving is not None:
+                self._saving.close()
+            os.close(self._pidfd)
 
 
 def _ended(pidfd: int, timeout_s: float) -> bool:

@@ -203,6 +203,11 @@ class QmpConnection:
         self._unsent.append(data[:-1])
         self._armed = ticket
 
+    @property
+    def is_armed(self) -> bool:
+        """A command was armed and not called off since."""
+        return self._armed is not None
+
     def fire(self) -> Ticket | None:
         """Queue the last byte of the armed command; None when it was called off meanwhile."""
         ticket, self._armed = self._armed, None
@@ -279,6 +284,39 @@ class QmpConnection:
         del self._commands[ticket]
         return _value_of(answer, command)
 
+    def wait_beside(self, ticket: Ticket, descriptor: int) -> bool:
+        """Wait until `descriptor` is readable; False if the command was answered before.
+
+        The answer is not taken: `wait` for it. Raises as `wait` does.
+        """
+        command = self._commands[ticket]
+        self.flush()
+        deadline = time.monotonic() + self._timeout_s
+        self.attend(descriptor, lambda: None)
+        try:
+            while ticket not in self._answers:
+                left_s = deadline - time.monotonic()
+                ready = [] if left_s <= 0 else self._poller.poll(left_s * 1000)
+                if not ready:
+                    raise VirtualMachineFailed(
+                        f"{command}: QEMU did nothing within {self._timeout_s:.1f} s",
+                        command=command,
+                    )
+                for one, _ in ready:
+                    if one == descriptor:
+                        return True
+                    self._attended.get(one, self._receive)()
+                if self._gone:
+                    raise VirtualMachineGone(f"{command}: QEMU is gone", command=command)
+        finally:
+            self.neglect(descriptor)
+        return False
+
+    def take_in(self) -> None:
+        """Receive what QEMU has said up to now, without waiting."""
+        if not self._gone and self._readable(0):
+            self._receive()
+
     def execute(
         self,
         command: str,
@@ -305,8 +343,7 @@ class QmpConnection:
 
     def poll_events(self) -> list[QmpEvent]:
         """Return the events that came so far, oldest first, without waiting."""
-        if not self._gone and self._readable(0):
-            self._receive()
+        self.take_in()
         events = list(self._events)
         self._events.clear()
         return events

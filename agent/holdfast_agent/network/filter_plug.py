@@ -189,14 +189,16 @@ class FilterPlug:
         self._switch([("on", tap.wall_id) for tap in self._taps])
         self.leftover_held = False
 
-    def begin_insert(self) -> None:
-        """Nothing to queue: an epoch's end is a mark on our side."""
-
-    def finish_insert(self) -> None:
+    def close_epoch(self) -> None:
         """Close the current epoch and open the next; the guest stands still."""
         self._receive()
         for tap in self._taps:
             tap.held.close_epoch()
+
+    def reopen_epoch(self) -> None:
+        """Make the epoch closed last, if any is, part of the one that runs."""
+        for tap in self._taps:
+            tap.held.reopen_epoch()
 
     def release_one(self) -> None:
         """Let the closed epoch's output go; the open epoch's stays. Does not wait for QEMU."""
@@ -340,10 +342,10 @@ class UnbufferedPlug:
     def hold(self) -> None:
         """Do nothing: output leaves at once."""
 
-    def begin_insert(self) -> None:
+    def close_epoch(self) -> None:
         """Do nothing."""
 
-    def finish_insert(self) -> None:
+    def reopen_epoch(self) -> None:
         """Do nothing."""
 
     def release_one(self) -> None:

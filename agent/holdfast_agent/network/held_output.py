@@ -68,6 +68,11 @@ class HeldOutput:
         self._epoch_closed = True
         self._closed = self._whole
 
+    def reopen_epoch(self) -> None:
+        """Undo `close_epoch`, if one is closed: its frames belong to the epoch that runs."""
+        self._epoch_closed = False
+        self._closed = 0
+
     def take_closed(self) -> bytes:
         """Return the frames of the closed epoch, to be let go; the open epoch's stay."""
         assert self._epoch_closed, "no epoch is closed"

@@ -34,13 +34,10 @@ def pinging(
 
 
 def capture(machine: QemuMachine, plug: FilterPlug) -> None:
-    machine.begin_stop()
-    plug.begin_insert()
-    machine.wait_stopped()
-    machine.begin_save()
-    plug.finish_insert()
-    machine.wait_saved()
-    machine.resume()
+    machine.begin_capture(final=False)
+    machine.wait_standing()
+    plug.close_epoch()
+    machine.finish_capture()
 
 
 def wait_held(plug: FilterPlug, minimum_bytes: int) -> None:
@@ -191,7 +188,7 @@ def test_what_was_sent_before_the_stop_belongs_to_the_epoch(
     poller = select.poll()
     poller.register(plug.signal.fileno(), select.POLLIN)
     assert poller.poll(5000)
-    plug.finish_insert()  # nothing was drained since
+    plug.close_epoch()  # nothing was drained since
     plug.release_one()
     assert outside.pings(1, enough=1)
     plug.release_all()

@@ -13,6 +13,7 @@ from holdfast_agent.core.failures import (
     VirtualMachineGone,
     VirtualMachineNotRunning,
 )
+from holdfast_agent.hypervisor import state_pipe
 from holdfast_agent.hypervisor.machine import QemuMachine, shutdown_action_of
 from holdfast_agent.hypervisor.qmp import QmpConnection
 
@@ -65,17 +66,22 @@ def test_many_answers_do_not_choke_the_connection(start_qemu: Callable[..., Any]
     qmp.close()
 
 
-def test_a_capture_saves_the_devices_and_the_guest_runs_on(start_qemu: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("through_pipe", [True, False], ids=["pipe", "file"])
+def test_a_capture_saves_the_devices_and_the_guest_runs_on(
+    start_qemu: Callable[..., Any], *, through_pipe: bool
+) -> None:
     qemu = start_qemu()
-    machine = QemuMachine.attach(qemu.qmp_path)
+    machine = QemuMachine(qemu.connect(), through_pipe=through_pipe)
     states = []
     for _ in range(3):
-        machine.begin_stop()
-        machine.wait_stopped()
-        machine.begin_save()
-        states.append(machine.wait_saved())
-        machine.resume()
+        machine.prepare()
+        machine.begin_capture(final=False)
+        machine.wait_standing()
+        states.append(machine.finish_capture())
         assert machine.qmp.execute("query-status")["status"] == "running"
+    machine.begin_capture(final=False)  # nothing was prepared
+    machine.wait_standing()
+    states.append(machine.finish_capture())
     assert all(state[:4] == b"QEVM" for state in states)
     assert len({len(state) for state in states}) == 1
     events = [event.name for event in machine.poll_events()]
@@ -83,21 +89,36 @@ def test_a_capture_saves_the_devices_and_the_guest_runs_on(start_qemu: Callable[
     machine.close()
 
 
-def test_a_capture_may_be_given_up_and_taken_again(start_qemu: Callable[..., Any]) -> None:
-    machine = QemuMachine.attach(start_qemu().qmp_path)
-    machine.begin_stop()
-    machine.wait_stopped()
-    machine.resume()
-    assert machine.qmp.execute("query-status")["status"] == "running"
-    machine.begin_stop()
-    machine.wait_stopped()
-    machine.begin_save()
-    machine.resume()
-    assert machine.qmp.execute("query-status")["status"] == "running"
-    machine.begin_stop()
-    machine.wait_stopped()
-    machine.begin_save()
-    assert machine.wait_saved()[:4] == b"QEVM"
+@pytest.mark.parametrize("through_pipe", [True, False], ids=["pipe", "file"])
+def test_the_guest_stands_until_the_capture_is_finished(
+    start_qemu: Callable[..., Any], *, through_pipe: bool
+) -> None:
+    machine = QemuMachine(start_qemu().connect(), through_pipe=through_pipe)
+    for _ in range(2):  # the second time the pipe has the size that fits
+        machine.begin_capture(final=False)
+        machine.wait_standing()
+        machine.poll_events()
+        assert machine.qmp.wait_event(["RESUME"], timeout_s=0.3) is None
+        machine.finish_capture()
+        assert machine.qmp.saw_event("RESUME")
+    machine.close()
+
+
+@pytest.mark.parametrize("through_pipe", [True, False], ids=["pipe", "file"])
+@pytest.mark.parametrize("final", [False, True])
+def test_a_capture_may_be_given_up_and_taken_again(
+    start_qemu: Callable[..., Any], *, through_pipe: bool, final: bool
+) -> None:
+    machine = QemuMachine(start_qemu().connect(), through_pipe=through_pipe)
+    for _ in range(2):
+        machine.begin_capture(final=final)
+        machine.wait_standing()
+        machine.abandon_capture()
+        machine.abandon_capture()
+        assert machine.qmp.execute("query-status")["status"] == "running"
+    machine.begin_capture(final=False)
+    machine.wait_standing()
+    assert machine.finish_capture()[:4] == b"QEVM"
     machine.stop()
     assert machine.qmp.execute("query-status")["status"] == "paused"
     machine.resume_if_ours()
@@ -105,25 +126,83 @@ def test_a_capture_may_be_given_up_and_taken_again(start_qemu: Callable[..., Any
     machine.close()
 
 
-def test_a_final_capture_leaves_the_guest_standing(start_qemu: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("through_pipe", [True, False], ids=["pipe", "file"])
+def test_a_final_capture_leaves_the_guest_standing(
+    start_qemu: Callable[..., Any], *, through_pipe: bool
+) -> None:
     qemu = start_qemu()
-    machine = QemuMachine.attach(qemu.qmp_path)
-    machine.begin_stop()
-    machine.wait_stopped()
-    machine.begin_save()
-    machine.wait_saved()
+    machine = QemuMachine(qemu.connect(), through_pipe=through_pipe)
+    machine.prepare()
+    machine.begin_capture(final=True)
+    machine.wait_standing()
+    assert machine.finish_capture()[:4] == b"QEVM"
     machine.close()
     qmp = qemu.connect()
     assert qmp.execute("query-status")["status"] == "paused"
     qmp.close()
 
 
+def test_a_guest_runs_again_when_its_captor_dies(start_qemu: Callable[..., Any]) -> None:
+    qemu = start_qemu()
+    child = os.fork()
+    if child == 0:  # the worker, which dies without a word while the guest stands
+        machine = QemuMachine.attach(qemu.qmp_path)
+        machine.begin_capture(final=False)
+        machine.wait_standing()
+        os.kill(os.getpid(), signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    qmp = qemu.connect()
+    assert qmp.execute("query-status")["status"] == "running"
+    assert qmp.execute("query-fdsets") == []
+    qmp.close()
+
+
+def test_a_qemu_that_can_not_open_the_pipe_saves_into_a_file(
+    start_qemu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fchown", lambda *_: None)  # so that only root may open it
+    machine = QemuMachine.attach(start_qemu("-runas", "nobody").qmp_path)
+    machine.begin_capture(final=False)
+    with pytest.raises(VirtualMachineFailed, match="/proc/self/fd"):
+        machine.wait_standing()
+    machine.begin_capture(final=False)
+    machine.wait_standing()
+    assert machine.finish_capture()[:4] == b"QEVM"
+    assert machine.qmp.execute("query-status")["status"] == "running"
+    machine.close()
+
+
+def test_a_qemu_of_another_user_opens_the_pipe(start_qemu: Callable[..., Any]) -> None:
+    machine = QemuMachine.attach(start_qemu("-runas", "nobody").qmp_path)
+    machine.begin_capture(final=False)
+    machine.wait_standing()
+    assert machine.finish_capture()[:4] == b"QEVM"
+    machine.close()
+
+
+def test_a_state_that_fitted_into_the_pipe_is_no_checkpoint(
+    start_qemu: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_pipe, "SMALLEST_BYTES", 1 << 20)
+    machine = QemuMachine.attach(start_qemu().qmp_path)
+    machine.begin_capture(final=False)
+    machine.wait_standing()
+    with pytest.raises(VirtualMachineFailed, match="may have run"):
+        machine.finish_capture()
+    monkeypatch.undo()
+    machine.begin_capture(final=False)
+    machine.wait_standing()
+    assert machine.finish_capture()[:4] == b"QEVM"
+    machine.close()
+
+
 def test_a_guest_that_stood_already_is_noticed_and_left_so(start_qemu: Callable[..., Any]) -> None:
     machine = QemuMachine.attach(start_qemu().qmp_path)
     machine.stop()
-    machine.begin_stop()
+    machine.begin_capture(final=False)
     with pytest.raises(VirtualMachineNotRunning) as failure:
-        machine.wait_stopped()
+        machine.wait_standing()
     assert failure.value.status == "paused"
     assert machine.qmp.execute("query-status")["status"] == "paused"
     machine.close()
@@ -136,18 +215,14 @@ def test_capturing_leaks_no_descriptors_in_qemu(start_qemu: Callable[..., Any]) 
     def count() -> int:
         return len(os.listdir(f"/proc/{qemu.process.pid}/fd"))  # noqa: PTH208 - only counted
 
-    machine.begin_stop()
-    machine.wait_stopped()
-    machine.begin_save()
-    machine.wait_saved()
-    machine.resume()
+    machine.begin_capture(final=False)
+    machine.wait_standing()
+    machine.finish_capture()
     before = count()
     for _ in range(20):
-        machine.begin_stop()
-        machine.wait_stopped()
-        machine.begin_save()
-        machine.wait_saved()
-        machine.resume()
+        machine.begin_capture(final=False)
+        machine.wait_standing()
+        machine.finish_capture()
     assert count() == before
     machine.close()
     qmp = qemu.connect()
@@ -170,9 +245,9 @@ def test_a_shutdown_from_inside_leaves_qemu_behind_to_tell(
     assert machine.qmp.execute("query-status")["status"] == "shutdown"
     with pytest.raises(VirtualMachineFailed, match="Resetting"):
         machine.resume()
-    machine.begin_stop()
+    machine.begin_capture(final=False)
     with pytest.raises(VirtualMachineNotRunning) as failure:
-        machine.wait_stopped()
+        machine.wait_standing()
     assert failure.value.status == "shutdown"
     machine.resume_if_ours()
     assert machine.qmp.execute("query-status")["status"] == "shutdown"

@@ -68,10 +68,9 @@ def fill(standby: QemuStandby, primary: GuestMemory) -> None:
 
 
 def stopped_and_saved(machine: QemuMachine) -> bytes:
-    machine.begin_stop()
-    machine.wait_stopped()
-    machine.begin_save()
-    return machine.wait_saved()
+    machine.begin_capture(final=True)
+    machine.wait_standing()
+    return machine.finish_capture()
 
 
 def link_is_up(name: str) -> bool | None:
@@ -116,11 +115,9 @@ def test_a_guest_goes_on_in_its_standby_where_it_was(
     assert promoted.qmp.execute("query-status")["status"] == "running"
     standby.destroy()
     assert promoted.qmp.execute("query-status")["status"] == "running"
-    promoted.begin_stop()
-    promoted.wait_stopped()
-    promoted.begin_save()
-    promoted.wait_saved()
-    promoted.resume()
+    promoted.begin_capture(final=False)
+    promoted.wait_standing()
+    promoted.finish_capture()
     promoted.close()
 
 
