@@ -1,148 +1,237 @@
-"""Break the cores on purpose, one line at a time: every mutant must be killed by its tests.
+"""Break the code on purpose, one line at a time: every mutant must be killed by its tests.
 
-Works on a copy of the tree in a temporary folder. `python tests/mutation/run.py [WORD]` runs the
-mutants whose file or text contains WORD; exits 1 if one lives or no longer applies.
+    python tests/mutation/run.py [WORD] [--seed N] [--every-suite]
+
+Runs the mutants whose name, rule or file contains WORD, two at a time, each in a copy of the tree
+in a temporary folder; the tree itself is never written to. The suites of a mutant are asked in
+turn until one fails; with `--every-suite` each is asked. On unbroken code they must all pass.
+Exits 1 if a mutant lives, no longer applies or is not decided by its deadline. Ctrl-C ends
+all tests and removes the copies.
 """
 
+import argparse
+import contextlib
 import os
+import queue
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-EPOCH = "agent/holdfast_agent/core/epoch.py"
-BACKUP = "agent/holdfast_agent/core/backup.py"
-TRANSITIONS = "api/holdfast_api/transitions.py"
-PROTECTION = "tests/property/protection"
-SECONDS_MAX = 300
+sys.path.insert(0, str(ROOT))
+
+from tests.mutation.mutants import MUTANTS, Mutant  # noqa: E402 - the folder is found from here on
+
+ROOMS = ("api", "controller", "agent", "deploy")
+COPIES = 2
+SECONDS_MAX = 180.0
+"""For one mutant and all its suites; unbroken code takes a quarter of it when the machine is idle.
+Unbroken code itself, which is asked all suites there are, has as long for each of them."""
+
+FAILED = re.compile(r"^FAILED (\S+?)(?: - (.*))?$", re.MULTILINE)
+
+
+class Stopped(Exception):  # noqa: N818 - reads as a sentence where it is raised
+    """Nothing is started any more."""
 
 
 @dataclass(frozen=True)
-class Mutant:
-    """One change of one file, and the tests that must notice it."""
+class Verdict:
+    """What became of one mutant."""
 
-    file: str
-    old: str
-    new: str
-    tests: str = PROTECTION
+    word: str
+    reasons: tuple[str, ...] = ()
 
 
-MUTANTS = (
-    Mutant(
-        EPOCH,
-        "return [HoldOutput(), *self._capture()]  # INV-7: in this order",
-        "return [*self._capture(), HoldOutput()]",
-    ),
-    Mutant(EPOCH, "or self.captured != self.acknowledged:", "or False:"),
-    Mutant(
-        EPOCH,
-        "        if self.state not in (PrimaryState.PROTECTING, PrimaryState.HANDING_OVER):\n"
-        "            return []\n        if epoch",
-        "        if self.state in (PrimaryState.OVER,):\n            return []\n        if epoch",
-    ),
-    Mutant(EPOCH, "if epoch != self.captured or epoch != self.acknowledged + 1:", "if False:"),
-    Mutant(EPOCH, "if not decision.is_primary:  # INV-6: before anything else", "if False:"),
-    Mutant(
-        EPOCH,
-        "or decision.generation <= self.generation:",
-        "or decision.generation < self.generation:",
-    ),
-    Mutant(
-        EPOCH,
-        "return [StopGuest(), AskClaim(reason)]",
-        "return [ReleaseAll(), AskClaim(reason)]",
-    ),
-    Mutant(
-        EPOCH,
-        "return [ReportSeedingFailed(reason.value), Finish(self.outcome)]",
-        "return [ReleaseAll(), Finish(self.outcome)]",
-    ),
-    Mutant(
-        BACKUP,
-        "if self.state is not BackupState.RECEIVING:  # INV-3\n            return []",
-        "pass",
-    ),
-    Mutant(
-        BACKUP,
-        "if epoch != self.acknowledged + 1:\n"
-        "            return self.suspect(ClaimReason.PEER_FAILED)",
-        "pass",
-    ),
-    Mutant(BACKUP, "self.state = BackupState.CLAIMING\n", "pass\n"),
-    Mutant(BACKUP, "if not (decision.is_primary and decision.is_live):  # INV-6", "if False:"),
-    Mutant(BACKUP, "if decision.generation <= self.generation:\n            return []", "pass"),
-    Mutant(BACKUP, "if self.acknowledged == 0:", "if False:"),
-    Mutant(BACKUP, "return [DestroyVm(), Finish(outcome)]", "return [Finish(outcome)]"),
-    Mutant(
-        TRANSITIONS,
-        "    if record.phase is not Phase.SEEDING:\n"
-        '        return Refusal("wrong-phase", f"{record.vm} is {record.phase}, not seeding")\n'
-        "    return record.model_copy",
-        "    return record.model_copy",
-    ),
-    Mutant(
-        TRANSITIONS,
-        "if role is Role.BACKUP and record.phase is not Phase.PROTECTED:  # INV-7",
-        "if False:",
-    ),
-    Mutant(
-        TRANSITIONS,
-        "    refusal = _current(record, generation)\n    if refusal:\n"
-        "        return refusal\n    refusal = _may",
-        "    refusal = _may",
-    ),
-    Mutant(TRANSITIONS, "if role is Role.NONE:", "if False:"),
-    Mutant(
-        TRANSITIONS,
-        '"generation": record.generation + 1}',
-        '"generation": record.generation}',
-    ),
-)
+class Tests:
+    """Runs pytest in copies of the tree; every process is in its own group and ends with us."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._seed = seed
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._is_stopped = False
+
+    def run(self, tree: Path, suite: str, seconds: float) -> Verdict:
+        """Return `passes`, `killed`, `TIMEOUT` or `BROKEN` for one suite."""
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
+        command += ["-p", "tests.mutation.first_failure", suite]
+        if self._seed is not None:
+            command.append(f"--hypothesis-seed={self._seed}")
+        paths = os.pathsep.join(str(tree / room) for room in (*ROOMS, "."))
+        with self._lock:
+            if self._is_stopped:
+                raise Stopped
+            process = subprocess.Popen(
+                command,
+                cwd=tree,
+                env=os.environ
+                | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            self._running.add(process)
+        try:
+            output, _ = process.communicate(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            return Verdict("TIMEOUT", (f"{suite} took longer than was left",))
+        finally:
+            self._end(process)
+        return _read(suite, process.returncode, output)
+
+    def stop(self) -> None:
+        """End what runs and start nothing more."""
+        with self._lock:
+            self._is_stopped = True
+            for process in self._running:
+                _kill_group(process)
+
+    def _end(self, process: "subprocess.Popen[str]") -> None:
+        _kill_group(process)
+        process.communicate()
+        with self._lock:
+            self._running.discard(process)
 
 
-def verdict(mutant: Mutant, tree: Path) -> str:
-    """Return `killed`, `LIVES` or `GONE` for one mutant; the tree is as before afterwards."""
+def _kill_group(process: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _read(suite: str, code: int, output: str) -> Verdict:
+    """Only a test that failed kills; a suite that can not even be collected says nothing."""
+    if code == 0:
+        return Verdict("passes")
+    failed = FAILED.search(output)
+    if code == 1 and failed is not None:
+        return Verdict("killed", (f"{failed[1]}: {failed[2] or 'failed'}",))
+    return Verdict("BROKEN", (f"{suite}: exit code {code}\n{output[-2000:]}",))
+
+
+def _ask(
+    tests: Tests, tree: Path, suites: tuple[str, ...], seconds: float, *, every: bool
+) -> Verdict:
+    """Ask one suite after the other until one fails, or each; return what they say together."""
+    deadline = time.monotonic() + seconds
+    verdicts: list[Verdict] = []
+    for suite in suites:
+        verdict = tests.run(tree, suite, deadline - time.monotonic())
+        if verdict.word == "passes" and every:
+            verdict = Verdict("passes", (f"{suite} passes",))
+        verdicts.append(verdict)
+        if verdict.word in ("TIMEOUT", "BROKEN") or (verdict.word == "killed" and not every):
+            break
+    words = [verdict.word for verdict in verdicts]
+    word = next((word for word in ("BROKEN", "TIMEOUT", "killed") if word in words), "LIVES")
+    return Verdict(word, tuple(reason for verdict in verdicts for reason in verdict.reasons))
+
+
+def judge(tests: Tests, mutant: Mutant, tree: Path, *, every: bool) -> Verdict:
+    """Return what becomes of one mutant; the copy is as before afterwards."""
     path = tree / mutant.file
     text = path.read_text()
-    if text.count(mutant.old) < 1:
-        return "GONE"
-    path.write_text(text.replace(mutant.old, mutant.new, 1))
-    rooms = [str(tree / room) for room in ("api", "controller", "agent", "deploy")]
+    if text.count(mutant.old) != 1:
+        return Verdict("GONE", (f"its text is {text.count(mutant.old)} times in {mutant.file}",))
+    path.write_text(text.replace(mutant.old, mutant.new))
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests],
-            cwd=tree,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(rooms)},
-            capture_output=True,
-            timeout=SECONDS_MAX,
-            check=False,
-        )
+        return _ask(tests, tree, mutant.suites, SECONDS_MAX, every=every)
     finally:
         path.write_text(text)
-    return "killed" if done.returncode == 1 else "LIVES"
+
+
+def _copy_tree(folder: Path) -> Path:
+    ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
+    for name in (*ROOMS, "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _trees() -> Iterator["queue.Queue[Path]"]:
+    """Lend copies of the tree to whoever takes one out of the queue and puts it back."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        trees: queue.Queue[Path] = queue.Queue()
+        for number in range(COPIES):
+            trees.put(_copy_tree(Path(folder) / str(number)))
+        yield trees
+
+
+def _say(rule: str, name: str, verdict: Verdict) -> None:
+    reasons = "".join(f"\n{'':16}{reason}" for reason in verdict.reasons)
+    sys.stdout.write(f"{verdict.word:8}{rule:7} {name}{reasons}\n")
+    sys.stdout.flush()
+
+
+def _run(tests: Tests, chosen: list[Mutant], *, every: bool) -> int:
+    suites = tuple(dict.fromkeys(suite for mutant in chosen for suite in mutant.suites))
+    with _trees() as trees, ThreadPoolExecutor(COPIES) as threads:
+
+        def unbroken() -> Verdict:
+            tree = trees.get()
+            try:
+                return _ask(tests, tree, suites, SECONDS_MAX * len(suites), every=False)
+            finally:
+                trees.put(tree)
+
+        def one(mutant: Mutant) -> Verdict:
+            tree = trees.get()
+            try:
+                return judge(tests, mutant, tree, every=every)
+            finally:
+                trees.put(tree)
+
+        first = threads.submit(unbroken)
+        futures: dict[Future[Verdict], Mutant] = {threads.submit(one, m): m for m in chosen}
+        try:
+            bad = 0
+            for future in as_completed(futures):
+                mutant = futures[future]
+                verdict = future.result()
+                bad += verdict.word != "killed"
+                _say(mutant.rule, mutant.name, verdict)
+            if first.result().word != "LIVES":
+                _say("-", "the unbroken code fails: nothing above means anything", first.result())
+                bad += 1
+            sys.stdout.write(f"{len(chosen)} mutants, {bad} not killed\n")
+        except BaseException:
+            tests.stop()
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    return 1 if bad else 0
+
+
+def _interrupt(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Run the chosen mutants; return 1 if one lives or is gone."""
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    bad = 0
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        for name in ("api", "controller", "agent", "deploy", "tests"):
-            ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, tree / name, ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", tree)
-        for mutant in MUTANTS:
-            if word in mutant.file + mutant.old:
-                result = verdict(mutant, tree)
-                bad += result != "killed"
-                line = mutant.old.strip().splitlines()[0]
-                sys.stdout.write(f"{result:7} {Path(mutant.file).name:16} {line}\n")
-                sys.stdout.flush()
-    return 1 if bad else 0
+    """Run the chosen mutants; return 1 if one is not killed."""
+    parser = argparse.ArgumentParser(description="Break the code; every mutant must be killed.")
+    parser.add_argument("word", nargs="?", default="", help="part of a name, rule or file")
+    parser.add_argument("--seed", type=int, help="hypothesis' seed, to run the same again")
+    parser.add_argument("--every-suite", action="store_true", help="do not stop at the first kill")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if options.word in f"{m.name} {m.rule} {m.file}"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        return _run(Tests(options.seed), chosen, every=options.every_suite)
+    except KeyboardInterrupt:
+        sys.stdout.write("stopped; the copies are removed\n")
+        return 130
 
 
 if __name__ == "__main__":
