@@ -20,6 +20,8 @@ from holdfast_agent.hypervisor.qmp import QmpConnection, Ticket
 from holdfast_agent.hypervisor.state_pipe import StatePipe
 
 SAVE = "xen-save-devices-state"
+OURS = "holdfast-device-state"
+"""Marks our descriptors in QEMU."""
 STATE_LIMIT_BYTES = 64 << 20
 """A device state is some 30 KiB, with many vCPUs a few MiB; more is a fault."""
 
@@ -35,7 +37,7 @@ class PipeSaving:
         self._final = False
         self._pipe = StatePipe(STATE_LIMIT_BYTES)
         try:
-            added = qmp.execute("add-fd", fds=(self._pipe.writing,))
+            added = _give(qmp, self._pipe.writing)
         except BaseException:
             self._pipe.close()
             raise
@@ -147,10 +149,10 @@ class FileSaving:
         self._stands = False
         self._final = False
         self._fdset = self._position = -1
-        self._state = os.memfd_create("holdfast-device-state", os.MFD_CLOEXEC)
+        self._state = os.memfd_create(OURS, os.MFD_CLOEXEC)
         try:
             self._position = os.open(f"/proc/self/fd/{self._state}", os.O_WRONLY | os.O_CLOEXEC)
-            self._fdset = qmp.execute("add-fd", fds=(self._position,))["fdset-id"]
+            self._fdset = _give(qmp, self._position)["fdset-id"]
         except BaseException:
             self.close()
             raise
@@ -218,6 +220,18 @@ class FileSaving:
 
     def _resume(self) -> None:
         self._qmp.wait(self._qmp.queue("cont", brief=True))
+
+
+def _give(qmp: QmpConnection, descriptor: int) -> dict[str, int]:
+    """Give QEMU a descriptor, and take back what a worker that died left there.
+
+    QEMU forgets descriptors when its last monitor client goes, but not if the next one comes first.
+    """
+    for fdset in qmp.execute("query-fdsets"):
+        if any(one.get("opaque") == OURS for one in fdset["fds"]):
+            qmp.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+    added: dict[str, int] = qmp.execute("add-fd", {"opaque": OURS}, fds=(descriptor,))
+    return added
 
 
 def status_of(qmp: QmpConnection) -> str:
