@@ -92,6 +92,7 @@ class QmpConnection:
         self._rest = b""
         self._last_ticket = 0
         self._gone = False
+        self._is_negotiated = False
         self.version = ""
         """QEMU's version with the distribution's suffix, as it greeted us."""
 
@@ -139,6 +140,7 @@ class QmpConnection:
         behind_greeting, self._rest = self._rest, b""
         self._parse(behind_greeting)
         self.wait(ticket)
+        self._is_negotiated = True
 
     def _greeting(self, name: str, deadline: float) -> bytes:
         while b"\n" not in self._rest:
@@ -453,6 +455,8 @@ class QmpConnection:
             data = message.get("data", {})
             self._events.append(QmpEvent(name, str(data.get("reason", "")), data))
             return
+        if not self._is_negotiated and message.get("id") not in self._commands:
+            return  # what an earlier client asked, who died before the answer
         ticket = self._unanswered.popleft() if self._unanswered else Ticket(0)
         expected = None if ticket in self._briefs else ticket
         self._briefs.discard(ticket)
