@@ -20,8 +20,8 @@ from holdfast_lab.errors import LabTimedOut
 from holdfast_lab.namespaces import NETNS_FOLDER
 
 POLL_SECONDS = 0.002
-FIRST_INHERITED = 3
 ENTER_SECONDS = 10.0
+FIRST_INHERITED = 3
 """Inherited descriptors are numbered from here in the new process, as systemd does it."""
 
 
@@ -87,7 +87,7 @@ def _wait_inside(process: Process, namespace: str) -> None:
         with contextlib.suppress(OSError):  # it ends just now
             if Path(f"/proc/{process.pid}/ns/net").stat().st_ino == wanted:
                 return
-        time.sleep(0.002)
+        time.sleep(POLL_SECONDS)
 
 
 def _own_environment() -> dict[str, str]:

@@ -39,7 +39,7 @@ from holdfast_agent.core.vm_spec import VmSpec
 from holdfast_agent.hypervisor.holding import argv_of
 from holdfast_agent.hypervisor.nics import read_nics
 from holdfast_agent.hypervisor.qmp import QmpConnection, QmpEvent
-from holdfast_agent.hypervisor.saving import FileSaving, PipeSaving, status_of
+from holdfast_agent.hypervisor.saving import FileSaving, PipeSaving, resume, status_of
 
 LOGGER = logging.getLogger(__name__)
 KILL_TIMEOUT_S = 10.0
@@ -189,7 +189,7 @@ class QemuMachine:
 
     def resume(self) -> None:
         """Let the guest run; returns when QEMU has said so."""
-        self.qmp.wait(self.qmp.queue("cont", brief=True))
+        resume(self.qmp)
 
     def resume_if_ours(self) -> None:
         """Let a guest run that a worker left stopped when it died.

@@ -205,10 +205,12 @@ class QmpConnection:
         self._unsent.append(data[:-1])
         self._armed = ticket
 
-    @property
-    def is_armed(self) -> bool:
-        """A command was armed and not called off since."""
-        return self._armed is not None
+    def arm_once(self, command: str, arguments: Mapping[str, Any] | None = None) -> None:
+        """Like `arm`, unless a command is armed and not called off: it must be the same."""
+        if self._armed is None:
+            self.arm(command, arguments)
+        assert self._armed is not None
+        assert self._commands[self._armed] == command, self._commands[self._armed]
 
     def fire(self) -> Ticket | None:
         """Queue the last byte of the armed command; None when it was called off meanwhile."""

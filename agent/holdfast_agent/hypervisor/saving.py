@@ -48,9 +48,8 @@ class PipeSaving:
 
     def prepare(self) -> None:
         """Send the save but for its last byte, unless it was."""
-        if not self._qmp.is_armed:
-            self._qmp.arm(SAVE, self._arguments)
-            self._qmp.flush()
+        self._qmp.arm_once(SAVE, self._arguments)
+        self._qmp.flush()
 
     def begin(self, *, final: bool) -> None:
         """Let QEMU stop the guest and save; after a `final` save the guest goes on standing."""
@@ -60,8 +59,7 @@ class PipeSaving:
         if final:
             self._stop = self._qmp.queue("stop", brief=True)
         self._qmp.take_events("STOP")
-        if not self._qmp.is_armed:
-            self._qmp.arm(SAVE, self._arguments)
+        self._qmp.arm_once(SAVE, self._arguments)
         self._save = self._qmp.fire()
         self._qmp.flush()
 
@@ -111,13 +109,13 @@ class PipeSaving:
                 self._end_save()
         if self._final:
             self._final = False
-            self._qmp.wait(self._qmp.queue("cont", brief=True))
+            resume(self._qmp)
 
     def close(self) -> None:
         """Take the pipe from QEMU as far as it listens, and close it. Idempotent."""
         if self._fdset >= 0:
             with contextlib.suppress(VirtualMachineFailed):
-                self._qmp.execute("remove-fd", {"fdset-id": self._fdset})
+                _take_back(self._qmp, self._fdset)
             self._fdset = -1
         self._pipe.close()
 
@@ -160,9 +158,8 @@ class FileSaving:
 
     def prepare(self) -> None:
         """Send `stop` but for its last byte, unless it was."""
-        if not self._qmp.is_armed:
-            self._qmp.arm("stop")
-            self._qmp.flush()
+        self._qmp.arm_once("stop")
+        self._qmp.flush()
 
     def begin(self, *, final: bool) -> None:
         """Let QEMU stop the guest."""
@@ -170,8 +167,7 @@ class FileSaving:
         self._final = final
         os.lseek(self._position, 0, os.SEEK_SET)
         self._qmp.take_events("STOP")
-        if not self._qmp.is_armed:
-            self._qmp.arm("stop")
+        self._qmp.arm_once("stop")
         self._stop = self._qmp.fire()
         self._qmp.flush()
 
@@ -194,7 +190,7 @@ class FileSaving:
         size_bytes = os.lseek(self._position, 0, os.SEEK_CUR)
         saved = os.pread(self._state, min(size_bytes, STATE_LIMIT_BYTES), 0)
         if not self._final:
-            self._resume()
+            resume(self._qmp)
         self._stands = False
         return _checked(saved, size_bytes)
 
@@ -206,20 +202,17 @@ class FileSaving:
         self._stop = self._save = None
         if self._stands:
             self._stands = False
-            self._resume()
+            resume(self._qmp)
 
     def close(self) -> None:
         """Take the file from QEMU as far as it listens, and close it. Idempotent."""
         if self._fdset >= 0:
             with contextlib.suppress(VirtualMachineFailed):
-                self._qmp.execute("remove-fd", {"fdset-id": self._fdset})
+                _take_back(self._qmp, self._fdset)
         for descriptor in (self._position, self._state):
             if descriptor >= 0:
                 os.close(descriptor)
         self._fdset = self._position = self._state = -1
-
-    def _resume(self) -> None:
-        self._qmp.wait(self._qmp.queue("cont", brief=True))
 
 
 def _give(qmp: QmpConnection, descriptor: int) -> dict[str, int]:
@@ -229,9 +222,18 @@ def _give(qmp: QmpConnection, descriptor: int) -> dict[str, int]:
     """
     for fdset in qmp.execute("query-fdsets"):
         if any(one.get("opaque") == OURS for one in fdset["fds"]):
-            qmp.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+            _take_back(qmp, fdset["fdset-id"])
     added: dict[str, int] = qmp.execute("add-fd", {"opaque": OURS}, fds=(descriptor,))
     return added
+
+
+def _take_back(qmp: QmpConnection, fdset: int) -> None:
+    qmp.execute("remove-fd", {"fdset-id": fdset})
+
+
+def resume(qmp: QmpConnection) -> None:
+    """Let the guest run; returns when QEMU has said so."""
+    qmp.wait(qmp.queue("cont", brief=True))
 
 
 def status_of(qmp: QmpConnection) -> str:
