@@ -66,7 +66,6 @@ class Capturer:
         self._now_ns = now_ns
         self._is_staged = False
         self._is_blind = False
-        self._last_page_count = 0
 
     def owe(self, indexes: PageIndexes) -> None:
         """Take over pages that were harvested but not sent (the rest of seeding)."""
@@ -118,7 +117,15 @@ class Capturer:
         self._slabs.give_back()
         self._is_staged = False
         self._vm.prepare()
-        self._slabs.reserve(min(self._last_page_count * 2, self._memory.memory_map.page_count))
+
+    @property
+    def is_short(self) -> bool:
+        """`make_room` has something to do."""
+        return self._slabs.is_short
+
+    def make_room(self) -> None:
+        """Grow the staging memory a little, ahead of the next checkpoint. Call it between turns."""
+        self._slabs.grow_by_one()
 
     def failed(self) -> None:
         """The checkpoint taken last came to nothing: its pages are owed again (INV-8)."""
@@ -132,7 +139,6 @@ class Capturer:
         position = 0
         slabs = self._slabs.take(len(indexes))
         self._is_staged = True
-        self._last_page_count = len(indexes)
         for slab in slabs:
             part = indexes[position : position + len(slab)]
             rows = slab[: len(part)]

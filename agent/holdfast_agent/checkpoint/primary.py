@@ -142,6 +142,8 @@ class PrimaryDriver:
         self._wants.tend(now)
         if self._figures.report_due(now):
             self._report()
+        if self._parts.capturer.is_short:
+            self._parts.capturer.make_room()
 
     def _descriptors(self) -> list[int]:
         descriptors = [*self._agent.filenos()]
@@ -154,6 +156,8 @@ class PrimaryDriver:
         return descriptors
 
     def _next_due_ns(self) -> int:
+        if self._parts.capturer.is_short:
+            return 0
         dues = [self._wants.next_due_ns(), self._figures.next_report_ns, self._handover_ns]
         if self._peer is not None:
             dues.append(self._peer.next_due_ns())

@@ -3,23 +3,30 @@
 Pure but for setting memory aside. A slab is `uint8[pages_per_slab, 4096]`, touched when it is made
 so that no page fault falls into a pause.
 
-One checkpoint at a time lives in the pool: `reserve` outside of the pause, `take` in the pause,
-`give_back` when it was acknowledged or failed.
+One checkpoint at a time lives in the pool: `take` in the pause, `give_back` when it was
+acknowledged or failed. `grow_by_one` makes room ahead of the checkpoints, one slab at a time
+between everything else: touching 4 MiB for the first time can take 20 ms, and a worker that
+swallows much at once is as good as dead for so long.
 
-Strikes: a pool that a busy minute has grown shrinks again, slowly. A checkpoint that needs fewer
-slabs than the pool has (smaller than the one the pool grew for) is a strike; one that needs them
+A checkpoint wants room for twice its pages, though not for more than `headroom_bytes_max` beyond
+them, so that a larger one after it does not grow the pool in its pause.
+
+Strikes: a pool that a busy minute has grown shrinks again, slowly. A checkpoint that wants fewer
+slabs than the pool has (smaller than the one the pool grew for) is a strike; one that wants them
 all clears the strikes. After `strikes_to_halve` in a row the pool is halved, but not below what the
-largest of those checkpoints needed, nor below one: the head slab stays, so an idle VM sets nothing
+largest of those checkpoints wanted, nor below one: the head slab stays, so an idle VM sets nothing
 aside.
 
     1 <= slabs <= limit_bytes / slab_size_bytes
 
 Source: Micro-Checkpointing for QEMU (Hines, 2014), `mc_slab_start`: strike, reset and halving are
-its rules; the floor is ours, it halves below what is in use and grows again in the next pause.
+its rules; floor and headroom are ours, it halves below what is in use and grows in the next pause.
 """
 
 from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, PageRows, empty_rows
 
+HEADROOM_BYTES_MAX = 64 << 20
+"""More than this is not kept ready beyond what the checkpoint before needed."""
 STRIKES_TO_HALVE = 200
 """MC counts ten seconds' worth of checkpoints; this is ten seconds at 50 ms."""
 
@@ -41,7 +48,12 @@ class SlabPool:
     """Slabs of equal size for one checkpoint at a time."""
 
     def __init__(
-        self, slab_size_bytes: int, limit_bytes: int, *, strikes_to_halve: int = STRIKES_TO_HALVE
+        self,
+        slab_size_bytes: int,
+        limit_bytes: int,
+        *,
+        headroom_bytes_max: int = HEADROOM_BYTES_MAX,
+        strikes_to_halve: int = STRIKES_TO_HALVE,
     ) -> None:
         """Make the head slab."""
         assert slab_size_bytes > 0, slab_size_bytes
@@ -52,8 +64,10 @@ class SlabPool:
         self.halvings = 0
         self._slab_size_bytes = slab_size_bytes
         self._limit_bytes = limit_bytes
+        self._headroom_pages_max = headroom_bytes_max // PAGE_SIZE_BYTES
         self._strikes_to_halve = strikes_to_halve
-        self._largest_need = 1
+        self._wanted = 1
+        self._largest_wanted = 1
         self._is_taken = False
         self._slabs: list[PageRows] = []
         self._grow_to(1)
@@ -73,12 +87,15 @@ class SlabPool:
         """Memory that is set aside."""
         return len(self._slabs) * self._slab_size_bytes
 
-    def reserve(self, page_count: int) -> None:
-        """Make sure that a `take` of so many pages allocates nothing. Call it outside of a pause.
+    @property
+    def is_short(self) -> bool:
+        """The pool has less than the checkpoint taken last wants."""
+        return len(self._slabs) < self._wanted
 
-        Raises SlabLimitReached.
-        """
-        self._grow_to(self._slabs_for(page_count))
+    def grow_by_one(self) -> None:
+        """Set one more slab aside, if the pool is short of one."""
+        if self.is_short:
+            self._grow_to(len(self._slabs) + 1)
 
     def take(self, page_count: int) -> list[PageRows]:
         """Return rows for `page_count` pages: views of slabs, full but the last.
@@ -89,7 +106,10 @@ class SlabPool:
         assert not self._is_taken, "the checkpoint before was not given back"
         needed = self._slabs_for(page_count)
         self._grow_to(needed)
-        self._count_strike(needed)
+        headroom = min(page_count, self._headroom_pages_max)
+        limit = self._limit_bytes // self._slab_size_bytes
+        self._wanted = max(1, min(self._slabs_for(page_count + headroom), limit))
+        self._count_strike()
         self._is_taken = True
         views: list[PageRows] = []
         for slab in self._slabs[:needed]:
@@ -103,19 +123,19 @@ class SlabPool:
         self._is_taken = False
         if self.strikes < self._strikes_to_halve:
             return
-        keep = max(len(self._slabs) // 2, self._largest_need)
+        keep = max(len(self._slabs) // 2, self._largest_wanted)
         del self._slabs[keep:]
         self.halvings += 1
         self.strikes = 0
-        self._largest_need = 1
+        self._largest_wanted = 1
 
-    def _count_strike(self, needed: int) -> None:
-        if needed < len(self._slabs):
+    def _count_strike(self) -> None:
+        if self._wanted < len(self._slabs):
             self.strikes += 1
-            self._largest_need = max(self._largest_need, needed)
+            self._largest_wanted = max(self._largest_wanted, self._wanted)
         else:
             self.strikes = 0
-            self._largest_need = 1
+            self._largest_wanted = 1
 
     def _slabs_for(self, page_count: int) -> int:
         assert page_count >= 0, page_count

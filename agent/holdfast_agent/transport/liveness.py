@@ -61,6 +61,11 @@ class KeepaliveTimer:
         self._interval_ns = interval_ns
         self._sent_ns = now_ns
 
+    @property
+    def interval_seconds(self) -> float:
+        """Time between two signs of life."""
+        return self._interval_ns / 1e9
+
     def sent(self, now_ns: int) -> None:
         """Something was sent."""
         self._sent_ns = now_ns
@@ -69,3 +74,8 @@ class KeepaliveTimer:
     def due_at_ns(self) -> int:
         """When to send a KEEPALIVE if nothing else is sent before."""
         return self._sent_ns + self._interval_ns
+
+    @property
+    def late_at_ns(self) -> int:
+        """When a sign of life that was due has been missing for half an interval."""
+        return self.due_at_ns + self._interval_ns // 2

@@ -29,6 +29,7 @@ from holdfast_agent.core.peer_messages import (
     PagesArrived,
     PeerMessage,
 )
+from holdfast_agent.transport.standing_in import BUSY_LIMIT_SECONDS, StandIn
 from holdfast_agent.transport.tcp import ConnectionCounters, Frame, FrameConnection
 from holdfast_api.words import ClaimReason, Epoch
 
@@ -46,12 +47,16 @@ class FramePeer:
         map_page_count: int,
         silence_limit_seconds: float,
         limits: FrameLimits = DEFAULT_LIMITS,
+        busy_limit_seconds: float = BUSY_LIMIT_SECONDS,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """Speak over `connection` about a memory map of so many pages.
 
-        Until `be_strict` the connection's own silence limit holds, from then on this one.
+        Until `be_strict` the connection's own silence limit holds, from then on this one; and from
+        then on a turn may take `busy_limit_seconds` before the peer hears nothing.
         """
+        self._busy_limit_seconds = busy_limit_seconds
+        self._stand_in: StandIn | None = None
         self._silence_limit_seconds = silence_limit_seconds
         self._connection = connection
         self._limits = limits
@@ -121,12 +126,18 @@ class FramePeer:
     def be_strict(self) -> None:
         """Seeding is over: from now on silence counts by the policy's limit."""
         self._connection.limit_silence(self._silence_limit_seconds)
+        if self._stand_in is None:
+            self._stand_in = StandIn(
+                self._connection, busy_limit_seconds=self._busy_limit_seconds, clock=self._clock
+            )
 
     def tend(self, now_ns: int) -> None:
         """Send a keep-alive if one is due. Raises PeerLost when the peer was silent too long.
 
         Receive first: unread bytes are no silence.
         """
+        if self._stand_in is not None:
+            self._stand_in.turned(now_ns)
         if now_ns >= self._connection.keepalive_due_at_ns:
             self._connection.send_keepalive()
         if self._connection.judge_silence(now_ns):
@@ -147,6 +158,8 @@ class FramePeer:
 
     def close(self) -> None:
         """Close the connection, after a FAREWELL once the peer has read it. Idempotent."""
+        if self._stand_in is not None:
+            self._stand_in.stop()
         if self._said_farewell and not self._is_closed:
             self._connection.discard_until_end(self._clock() + int(LINGER_SECONDS * 1e9))
         self._is_closed = True

@@ -196,6 +196,16 @@ class FrameConnection:
         return self._keepalive.due_at_ns
 
     @property
+    def keepalive_late_at_ns(self) -> int:
+        """When somebody else should send it: whose turn it is was late by half an interval."""
+        return self._keepalive.late_at_ns
+
+    @property
+    def keepalive_seconds(self) -> float:
+        """Time between two signs of life of ours."""
+        return self._keepalive.interval_seconds
+
+    @property
     def kept_bytes(self) -> int:
         """Received memory that is kept by `keep`."""
         return self._buffers.kept_bytes

@@ -1,5 +1,6 @@
 """FramePeer: the messages of a protection over real sockets, and every way to lose the peer."""
 
+import contextlib
 import select
 import socket
 import threading
@@ -45,6 +46,7 @@ def peers(pair: Sockets, **options: float) -> tuple[FramePeer, FramePeer]:
             map_page_count=MAP_PAGES,
             silence_limit_seconds=options.get("silence_limit_seconds", 5),
             limits=LIMITS,
+            busy_limit_seconds=options.get("busy_limit_seconds", 2),
         )
         for sock, role in zip(pair, (Role.PRIMARY, Role.BACKUP), strict=True)
     ]
@@ -254,3 +256,37 @@ def test_no_pages_send_no_frame(sockets: Pair) -> None:
     primary, _ = peers(sockets())
     primary.send_pages(0, NO_PAGES, NO_ROWS, NO_PAGES)
     assert primary.counters.sent_frames == 0
+
+
+def listens(peer: FramePeer, seconds: float) -> None:
+    """Take turns, as a worker does, for so long. Raises PeerLost."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        select.select([peer], [], [], 0.02)
+        assert peer.receive() is None
+        peer.tend(time.monotonic_ns())
+
+
+def test_a_worker_that_is_busy_is_not_taken_for_dead_but_one_that_hangs_is(sockets: Pair) -> None:
+    primary, backup = peers(
+        sockets(), silence_limit_seconds=0.5, keepalive_seconds=0.1, busy_limit_seconds=1.5
+    )
+    with contextlib.closing(primary), contextlib.closing(backup):
+        primary.be_strict()
+        backup.be_strict()
+        listens(backup, 1.2)  # the primary has no turn for more than two silence limits
+        primary.tend(time.monotonic_ns())
+        listens(backup, 1.2)
+        with pytest.raises(PeerLost) as caught:
+            listens(backup, DEADLINE_SECONDS)
+    assert caught.value.reason is ClaimReason.PEER_SILENT
+
+
+def test_the_thread_of_keep_alives_ends_with_its_connection(sockets: Pair) -> None:
+    primary, backup = peers(sockets())
+    primary.be_strict()
+    primary.be_strict()
+    assert [one.name for one in threading.enumerate()].count("keep-alives") == 1
+    primary.close()
+    assert "keep-alives" not in [one.name for one in threading.enumerate()]
+    backup.close()

@@ -9,6 +9,7 @@ from holdfast_agent.core.slabs import SlabLimitReached, SlabPool
 PAGES_PER_SLAB = 2
 SLAB_BYTES = PAGES_PER_SLAB * 4096
 LIMIT_SLABS = 9
+HEADROOM_PAGES = 5
 STRIKES = 3
 
 
@@ -17,8 +18,14 @@ class SlabMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = SlabPool(SLAB_BYTES, LIMIT_SLABS * SLAB_BYTES, strikes_to_halve=STRIKES)
+        self.pool = SlabPool(
+            SLAB_BYTES,
+            LIMIT_SLABS * SLAB_BYTES,
+            headroom_bytes_max=HEADROOM_PAGES * 4096,
+            strikes_to_halve=STRIKES,
+        )
         self.slabs = 1
+        self.wanted = 1
         self.struck: list[int] = []
         self.taken = False
 
@@ -27,7 +34,9 @@ class SlabMachine(RuleBasedStateMachine):
     def take(self, pages: int) -> None:
         needed = (pages + PAGES_PER_SLAB - 1) // PAGES_PER_SLAB
         self.slabs = max(self.slabs, needed)
-        self.struck = [*self.struck, needed] if needed < self.slabs else []
+        room = pages + min(pages, HEADROOM_PAGES)
+        self.wanted = min(max(1, (room + PAGES_PER_SLAB - 1) // PAGES_PER_SLAB), LIMIT_SLABS)
+        self.struck = [*self.struck, self.wanted] if self.wanted < self.slabs else []
         rows = self.pool.take(pages)
         assert sum(map(len, rows)) == pages
         assert len(rows) == needed
@@ -42,10 +51,11 @@ class SlabMachine(RuleBasedStateMachine):
         with pytest.raises(SlabLimitReached):
             self.pool.take(pages)
 
-    @rule(pages=st.integers(0, LIMIT_SLABS * PAGES_PER_SLAB))
-    def reserve(self, pages: int) -> None:
-        self.pool.reserve(pages)
-        self.slabs = max(self.slabs, (pages + PAGES_PER_SLAB - 1) // PAGES_PER_SLAB)
+    @rule()
+    def grow(self) -> None:
+        assert self.pool.is_short == (self.slabs < self.wanted)
+        self.pool.grow_by_one()
+        self.slabs = max(self.slabs, min(self.slabs + 1, self.wanted))
 
     @precondition(lambda self: self.taken)
     @rule()

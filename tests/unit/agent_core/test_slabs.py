@@ -8,8 +8,10 @@ from holdfast_agent.core.slabs import SlabLimitReached, SlabPool
 SLAB = 4 * 4096
 
 
-def pool(limit_slabs: int = 8, strikes: int = 3) -> SlabPool:
-    return SlabPool(SLAB, limit_slabs * SLAB, strikes_to_halve=strikes)
+def pool(limit_slabs: int = 8, strikes: int = 3, headroom_slabs: int = 0) -> SlabPool:
+    return SlabPool(
+        SLAB, limit_slabs * SLAB, headroom_bytes_max=headroom_slabs * SLAB, strikes_to_halve=strikes
+    )
 
 
 def use(subject: SlabPool, page_count: int) -> None:
@@ -32,12 +34,35 @@ def test_no_pages_need_no_slab() -> None:
     assert pool().take(0) == []
 
 
-def test_what_was_reserved_is_taken_without_growing() -> None:
-    subject = pool()
-    subject.reserve(16)
-    assert subject.slab_count == 4
-    subject.take(16)
-    assert subject.slab_count == 4
+def test_a_pool_grows_towards_twice_the_last_checkpoint_one_slab_at_a_time() -> None:
+    subject = pool(headroom_slabs=8)
+    use(subject, 9)
+    assert (subject.slab_count, subject.is_short) == (3, True)
+    subject.grow_by_one()
+    assert (subject.slab_count, subject.is_short) == (4, True)
+    subject.grow_by_one()
+    assert (subject.slab_count, subject.is_short) == (5, False)
+    subject.grow_by_one()
+    assert subject.slab_count == 5
+
+
+@pytest.mark.parametrize(("headroom", "limit", "slabs"), [(2, 9, 6), (9, 9, 8), (9, 7, 7)])
+def test_headroom_ends_at_its_own_limit_and_at_that_of_the_pool(
+    headroom: int, limit: int, slabs: int
+) -> None:
+    subject = pool(limit, headroom_slabs=headroom)
+    use(subject, 16)
+    while subject.is_short:
+        subject.grow_by_one()
+    assert subject.slab_count == slabs
+
+
+def test_a_steady_load_with_its_headroom_strikes_nothing() -> None:
+    subject = pool(headroom_slabs=8)
+    for _ in range(10):
+        use(subject, 8)
+        subject.grow_by_one()
+    assert (subject.strikes, subject.slab_count, subject.halvings) == (0, 4, 0)
 
 
 def test_slabs_are_reused() -> None:
