@@ -4,6 +4,10 @@ Page 0 says how many packets the guest has ever sent, page k their texts, one pa
 pages change with every tick of the guest's work. What the guest has in its registers is its device
 state: memory of one moment and registers of another do not fit together, and that shows.
 
+A device is at work on one page whenever it can do harm: a harvest that finds the guest running
+finds this page pinned, and what the device puts there before the guest next stands is marked
+nowhere.
+
 `SimulatedVm` is the ports `VirtualMachine`, `MemoryCopier` and `DirtyTracker` in one.
 """
 
@@ -25,6 +29,7 @@ from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, MemoryMap, PageIndex
 PAGE_COUNT = 64
 WORK_FIRST_PAGE = 48
 STATIC_PAGES = 16
+DEVICE_PAGE = WORK_FIRST_PAGE - 1
 STOP_NS = 400_000
 SAVE_NS = 600_000
 RESUME_NS = 250_000
@@ -65,6 +70,8 @@ class SimulatedVm:
         self.stood_with = self.memory.copy()
         """Memory when the guest last stood still for a checkpoint."""
         self._dirty = np.zeros(PAGE_COUNT, dtype=np.bool_)
+        self._pinned_times = 0
+        self._is_pinned = False
         self._waiting: deque[str] = deque()
         self._events: list[Event] = []
         self._descriptor = world.descriptor(lambda: bool(self._events))
@@ -128,11 +135,11 @@ class SimulatedVm:
     def text_of(self, page: int) -> str:
         return bytes(self.memory[page]).rstrip(b"\0").decode()
 
-    def _write(self, page: int, text: str) -> None:
+    def _write(self, page: int, text: str, *, is_seen: bool = True) -> None:
         data = np.frombuffer(text.encode(), dtype=np.uint8)
         self.memory[page] = 0
         self.memory[page, : len(data)] = data
-        self._dirty[page] = True
+        self._dirty[page] |= is_seen
 
     # --- port VirtualMachine ----------------------------------------------------------------------
 
@@ -179,6 +186,9 @@ class SimulatedVm:
     def stop(self) -> None:
         self._take(STOP_NS)
         self.is_running = False
+        if self._is_pinned:
+            self._is_pinned = False
+            self._write(DEVICE_PAGE, f"read from the disk, {self._pinned_times}", is_seen=False)
 
     def poll_events(self) -> list[Event]:
         events, self._events = self._events, []
@@ -220,7 +230,9 @@ class SimulatedVm:
 
     def harvest(self) -> PageIndexes:
         self._must_live()
-        assert not self.is_running, "a harvest while the guest runs misses what devices pinned"
+        if self.is_running:
+            self._is_pinned = self._dirty[DEVICE_PAGE] = True
+            self._pinned_times += 1
         dirty = np.flatnonzero(self._dirty)
         self._dirty[:] = False
         return dirty

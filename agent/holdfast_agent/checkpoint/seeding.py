@@ -7,8 +7,10 @@ most one slab and returns, so that the worker keeps tending everything else.
 A page may be copied while the guest writes to it. That is harmless: the write came after the
 harvest that named the page, so the next harvest names it again (INV-8). A device of QEMU is
 another matter: it may have pinned a page before the harvest and write to it after, unseen. `stop`
-drains all such requests, so each round's harvest is taken while the guest stands, for about the
-time of two monitor commands: less than any checkpoint.
+drains all such requests, so each round ends with a harvest while the guest stands. What a round has
+to name is harvested beforehand, while the guest runs; the stand is for the little that it wrote
+since, and for what was pinned: those pages are copied only after it, so with what was written to
+them unseen. So the guest stands for two monitor commands and a scan: less than for any checkpoint.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from holdfast_agent.checkpoint.ports import DirtyTracker, MemoryCopier, Peer, VirtualMachine
-from holdfast_agent.core.memory_map import NO_PAGES, PAGE_SIZE_BYTES, PageIndexes, PageRows
+from holdfast_agent.core.memory_map import NO_PAGES, PAGE_SIZE_BYTES, PageIndexes, PageRows, union
 
 ROUND_LIMIT = 30
 SMALL_ENOUGH_PAGES = 256
@@ -113,13 +115,15 @@ class Seeding:
         return None
 
     def _harvest(self) -> PageIndexes:
+        most = self._tracker.harvest()
         began = self._now_ns()
         self._vm.stop()
         try:
-            return self._tracker.harvest()
+            rest = self._tracker.harvest()
         finally:
             self._vm.resume()
             self.figures.pause_ns_max = max(self.figures.pause_ns_max, self._now_ns() - began)
+        return union([most, rest])
 
     def _begin_round(self, pages: PageIndexes) -> None:
         self.figures.round += 1

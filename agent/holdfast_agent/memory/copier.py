@@ -8,6 +8,10 @@ assignment by index (in), which give up the interpreter lock. A private block is
 `process_vm_readv` and `writev`: our side is one iovec (rows lie behind each other), theirs one per
 run of pages, at most 1024 per call, in arrays made once.
 
+A first write to pages of a shared block goes through the file, in runs: the kernel need not zero
+what is overwritten at once, nor fault it in; that is twice as fast. Later writes go through the
+mapping, which is twice as fast then.
+
 Holes. A page of a shared file that was never touched, or given back by a balloon, is a hole.
 Reading a hole through a mapping *allocates* it, so a backup of a ballooned guest would take its
 memory back. `populated` asks the file (SEEK_DATA, SEEK_HOLE) and the page table, and touches
@@ -51,6 +55,8 @@ _BYTES_PER_CALL_MAX: Final = 1 << 30
 # Below this mean length `take` is faster than one slice per run.
 _SLICE_RUN_PAGES: Final = 64
 _PROBE_RUN_PAGES: Final = 32
+# From this mean length on, pages written for the first time go through the file.
+_FILE_RUN_PAGES: Final = 8
 _PAGE_VOID: Final = np.dtype(f"V{PAGE_SIZE_BYTES}")
 
 
@@ -177,6 +183,7 @@ class _SharedBlock:
             -1, PAGE_SIZE_BYTES
         )
         self._voids = self._pages.view(_PAGE_VOID).reshape(-1)
+        self._is_fresh = np.ones(len(self._pages), dtype=np.bool_)
 
     def read(self, local: PageIndexes, out: PageRows) -> None:
         run_count = 1 + int(np.count_nonzero(local[1:] - local[:-1] != 1))
@@ -194,6 +201,13 @@ class _SharedBlock:
             row += count
 
     def write(self, local: PageIndexes, rows: PageRows) -> None:
+        fresh = self._is_fresh[local]
+        if fresh.any():
+            self._is_fresh[local] = False
+            runs = runs_of(local)
+            if fresh.all() and len(local) >= len(runs) * _FILE_RUN_PAGES:
+                self._write_file(runs.tolist(), rows)
+                return
         self._voids[local] = rows.view(_PAGE_VOID).reshape(-1)
 
     def populated(self, table: PageTable) -> PageIndexes:
@@ -205,6 +219,24 @@ class _SharedBlock:
         del self._pages, self._voids
         self._mapping.close()
         os.close(self._descriptor)
+
+    def _write_file(self, runs: Sequence[Sequence[int]], rows: PageRows) -> None:
+        """Write runs of pages through the file; where that can not be done, through the mapping."""
+        row = 0
+        for first, count in runs:
+            data = rows[row : row + count].reshape(-1).data
+            position = self._location.file_offset + first * PAGE_SIZE_BYTES
+            try:
+                while len(data):
+                    written = os.pwrite(self._descriptor, data, position)
+                    data, position = data[written:], position + written
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file of huge pages can be mapped only
+                    raise MemoryAccessFailed(
+                        self._pid, self._location.name, first, str(error)
+                    ) from error
+                np.copyto(self._pages[first : first + count], rows[row : row + count])
+            row += count
 
     def _worth_probing(self, local: PageIndexes) -> bool:
         """Whether a run of 32 pages may be in there and the file has holes at all."""

@@ -3,6 +3,7 @@
 import errno
 import functools
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -254,6 +255,48 @@ def test_what_is_copied_in_is_what_the_target_reads(start_target: Any) -> None:
     memory.copy_out(indexes, out)
     assert np.array_equal(out[:1500], rows)
     memory.close()
+    memory.close()
+
+
+@pytest.mark.parametrize("way", ["file", "in-pieces", "mapping-only"])
+def test_long_runs_written_for_the_first_time_and_again_are_what_the_target_reads(
+    start_target: Any, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    target = start_target(("shared", 900, "shared"))
+    pwrite, written = os.pwrite, []
+
+    def write(descriptor: int, data: memoryview, position: int) -> int:
+        if way == "mapping-only":  # as a file of huge pages answers
+            raise OSError(errno.EINVAL, "Invalid argument")
+        written.append(len(data))
+        return pwrite(descriptor, data[:5000] if way == "in-pieces" else data, position)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    memory = open_memory(target)
+    chance = np.random.default_rng(2)
+    expected = np.zeros((900, PAGE_SIZE_BYTES), dtype=np.uint8)
+    for pages in (range(100, 400), [1, 5, *range(600, 900)], range(90, 410), range(100, 400)):
+        indexes = np.array(pages, dtype=np.int64)
+        expected[indexes] = chance.integers(0, 255, (len(indexes), 4096), dtype=np.uint8)
+        memory.copy_in(indexes, np.ascontiguousarray(expected[indexes]))
+    assert np.array_equal(actual_memory(target), expected)
+    if way == "file":
+        assert written == [300 * 4096, 4096, 4096, 300 * 4096], "only what was fresh throughout"
+    memory.close()
+
+
+def test_a_first_write_that_finds_no_room_is_an_error_that_names_the_page(
+    start_target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = start_target(("shared", 100, "shared"))
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    memory = open_memory(target)
+    with pytest.raises(MemoryAccessFailed, match=r"page 40\b.*No space left"):
+        memory.copy_in(np.arange(40, 60, dtype=np.int64), empty_rows(20))
     memory.close()
 
 
