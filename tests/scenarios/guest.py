@@ -151,9 +151,7 @@ class SimulatedVm:
         self._is_final = final
 
     def wait_standing(self) -> None:
-        was_running = self.is_running
-        self.stop()
-        if not was_running:
+        if not self.stop():
             raise VirtualMachineNotRunning("shutdown" if self.has_shut_down else "paused")
         self._is_capturing = True
         self.stood_with = self.memory.copy()
@@ -183,12 +181,14 @@ class SimulatedVm:
             self.is_running = True
             self._speak()
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
+        was_running = self.is_running
         self._take(STOP_NS)
         self.is_running = False
         if self._is_pinned:
             self._is_pinned = False
             self._write(DEVICE_PAGE, f"read from the disk, {self._pinned_times}", is_seen=False)
+        return was_running
 
     def poll_events(self) -> list[Event]:
         events, self._events = self._events, []

@@ -28,6 +28,7 @@ PRIMARY_COUNTERS = (
     "seeding_seconds",
     "seeding_bytes",
     "seeding_pause_seconds_max",
+    "seeding_brakes",
 )
 BACKUP_COUNTERS = ("checkpoints", "pages", "checkpoint_bytes", "apply_seconds", "seeding_bytes")
 
@@ -94,6 +95,7 @@ class PrimaryFigures:
         self._counters.add("seeding_seconds", (figures.ended_ns - figures.began_ns) / 1e9)
         self._counters.add("seeding_bytes", figures.sent_bytes)
         self._counters.add("seeding_pause_seconds_max", figures.pause_ns_max / 1e9)
+        self._counters.add("seeding_brakes", figures.brakes)
 
     def report_due(self, now_ns: int) -> bool:
         """Return whether a report is due, and set the time of the next one."""

@@ -67,8 +67,11 @@ class VirtualMachine(Protocol):
     def resume(self) -> None:
         """Let the guest run; returns when QEMU has said so."""
 
-    def stop(self) -> None:
-        """Stop the guest outside of a capture (for a handover, or while a claim is undecided)."""
+    def stop(self) -> bool:
+        """Stop the guest outside of a capture; its requests are drained then.
+
+        Returns whether it ran: one that somebody else stopped is not ours to resume.
+        """
 
     def poll_events(self) -> Sequence["MachineEvent"]:
         """Return the events QEMU sent meanwhile, without waiting."""

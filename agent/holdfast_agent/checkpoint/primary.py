@@ -297,7 +297,7 @@ class PrimaryDriver:
             case _:
                 assert_never(action)
 
-    def _quietly(self, command: Callable[[], None]) -> None:
+    def _quietly(self, command: Callable[[], object]) -> None:
         """Do what a QEMU that just died cannot answer; its end is an event of its own."""
         try:
             command()

@@ -1,8 +1,9 @@
 """Filling a new backup while the guest runs and its output flows. Over ports only.
 
 The tracker runs already; every populated page is sent once (round 1), then what was written
-meanwhile (round 2, 3, ...), until what is left is small or no longer shrinks. Each `step` sends at
-most one slab and returns, so that the worker keeps tending everything else.
+meanwhile (round 2, 3, ...), until what is left is small. Each `step` sends at most one slab and
+returns, so that the worker keeps tending everything else. A guest that writes as fast as we send is
+slowed: every other step of such a round happens while it stands (`core/rounds.py`).
 
 A page may be copied while the guest writes to it. That is harmless: the write came after the
 harvest that named the page, so the next harvest names it again (INV-8). A device of QEMU is
@@ -13,20 +14,18 @@ since, and for what was pinned: those pages are copied only after it, so with wh
 them unseen. So the guest stands for two monitor commands and a scan: less than for any checkpoint.
 """
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from holdfast_agent.checkpoint.ports import DirtyTracker, MemoryCopier, Peer, VirtualMachine
 from holdfast_agent.core.memory_map import NO_PAGES, PAGE_SIZE_BYTES, PageIndexes, PageRows, union
+from holdfast_agent.core.rounds import STANDING_PAGES, Rounds
 
-ROUND_LIMIT = 30
-SMALL_ENOUGH_PAGES = 256
-SHRINKING = 0.7
-"""A round that leaves more than this share of the one before no longer shrinks."""
-
-
+LOGGER = logging.getLogger(__name__)
 ZeroPages = Callable[[PageRows], np.ndarray[tuple[int], np.dtype[np.bool_]]]
 """Tells which rows are zero throughout: `bool[page_count]`."""
 
@@ -41,7 +40,9 @@ class SeedingFigures:
     began_ns: int = 0
     ended_ns: int = 0
     pause_ns_max: int = 0
-    """Longest stand of the guest for one round's harvest."""
+    """Longest stand of the guest, for a harvest or because it is braked."""
+    brakes: int = 0
+    """Times that the guest was slowed to half of what it was before."""
 
 
 class Seeding:
@@ -70,13 +71,16 @@ class Seeding:
         self._bytes_per_second = bytes_per_second
         self._pending: PageIndexes = NO_PAGES
         self._position = 0
-        self._round_pages = 0
+        self._rounds = Rounds(0)
+        self._was_standing = False
         self.figures = SeedingFigures()
 
     def start(self) -> None:
         """Take stock of what must be sent; the tracker has begun before."""
         self.figures.began_ns = self._now_ns()
-        self._begin_round(self._memory.populated())
+        self._pending = self._memory.populated()
+        self._rounds = Rounds(len(self._pending))
+        self.figures.round = self._rounds.number
         self.figures.total_bytes = len(self._pending) * PAGE_SIZE_BYTES
 
     def not_before_ns(self) -> int:
@@ -95,12 +99,24 @@ class Seeding:
         """
         if self._position == len(self._pending):
             left = self._harvest()
-            shrinks = len(left) < SHRINKING * self._round_pages
-            if len(left) <= SMALL_ENOUGH_PAGES or not shrinks or self.figures.round >= ROUND_LIMIT:
+            if self._rounds.end(len(left)):
                 self.figures.ended_ns = self._now_ns()
                 return left
             self._begin_round(left)
-        part = self._pending[self._position : self._position + len(self._slab)]
+        if not self._rounds.brakes:
+            self._send(len(self._slab))
+        elif self._was_standing:
+            self._was_standing = False
+            self._send(self._rounds.running_pages)
+        else:
+            self._was_standing = True
+            with self._guest_standing():
+                self._send(STANDING_PAGES)
+        return None
+
+    def _send(self, page_count_max: int) -> None:
+        count = min(page_count_max, len(self._slab))
+        part = self._pending[self._position : self._position + count]
         rows = self._slab[: len(part)]
         self._memory.copy_out(part, rows)
         self._tracker.copied(part, rows)
@@ -112,21 +128,28 @@ class Seeding:
             self._peer.send_pages(0, part, rows, NO_PAGES)
         self._position += len(part)
         self.figures.sent_bytes += len(part) * PAGE_SIZE_BYTES
-        return None
 
     def _harvest(self) -> PageIndexes:
         most = self._tracker.harvest()
-        began = self._now_ns()
-        self._vm.stop()
-        try:
+        with self._guest_standing():
             rest = self._tracker.harvest()
-        finally:
-            self._vm.resume()
-            self.figures.pause_ns_max = max(self.figures.pause_ns_max, self._now_ns() - began)
         return union([most, rest])
 
+    @contextlib.contextmanager
+    def _guest_standing(self) -> Iterator[None]:
+        began = self._now_ns()
+        ran = self._vm.stop()
+        try:
+            yield
+        finally:
+            if ran:
+                self._vm.resume()
+            self.figures.pause_ns_max = max(self.figures.pause_ns_max, self._now_ns() - began)
+
     def _begin_round(self, pages: PageIndexes) -> None:
-        self.figures.round += 1
+        if self._rounds.brakes > self.figures.brakes:
+            self.figures.brakes = self._rounds.brakes
+            LOGGER.info("the guest writes as fast as we send: brake %d", self._rounds.brakes)
+        self.figures.round = self._rounds.number
         self._pending = pages
         self._position = 0
-        self._round_pages = len(pages)

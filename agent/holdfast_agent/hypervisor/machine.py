@@ -199,9 +199,14 @@ class QemuMachine:
         if status_of(self.qmp) == "paused":
             self.resume()
 
-    def stop(self) -> None:
-        """Stop the guest outside of a capture (for a handover, or while a claim is undecided)."""
+    def stop(self) -> bool:
+        """Stop the guest outside of a capture; its requests are drained then.
+
+        Returns whether it ran: one that somebody else stopped is not ours to resume.
+        """
+        self.qmp.take_events("STOP")
         self.qmp.wait(self.qmp.queue("stop", brief=True))
+        return self.qmp.saw_event("STOP")
 
     def _way(self) -> PipeSaving | FileSaving:
         assert self._saving is not None, "closed"
