@@ -111,6 +111,27 @@ def test_every_kind_of_memory_survives_a_failover(
     redis.close()
 
 
+def test_a_guest_that_writes_as_fast_as_its_backup_is_filled_is_slowed_until_it_is(
+    make_cluster: Callable[..., Any],
+) -> None:
+    cluster = make_cluster(2)
+    options = VmOptions(
+        memory_mb=768, graphics=False, shared_memory=True, dirty_mb=512, dirty_pps=200_000
+    )
+    cluster.run_vm(options=options)
+    console = cluster.lab.log("console vm")
+    cluster.wait_for("the guest writes", lambda: b"guest: rewriting" in console.read_bytes())
+    cluster.protect()
+    client = cluster.counting()
+    cluster.goes_on(client)
+    report = cluster.protection().primary_report
+    assert report.counters["seeding_brakes"] >= 1, report
+    cluster.lab.kill("h1")
+    cluster.wait_primary("h2")
+    cluster.goes_on(client)
+    assert len(cluster.events(EventKind.FAILED_OVER)) == 1
+
+
 def test_unprotecting_leaves_the_vm_as_it_was_and_protecting_again_works(cluster: Any) -> None:
     before = cluster.protect()
     client = cluster.counting()
