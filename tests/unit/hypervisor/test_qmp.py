@@ -42,6 +42,18 @@ def test_the_greeting_tells_the_version_and_oob_is_asked_for() -> None:
         connection.close()
 
 
+def test_what_an_earlier_client_asked_is_not_taken_for_our_answer() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        foreign = b'{"return": {"size": 7}, "id": 4711}\r\n{"return": {}}\r\n'
+        theirs.sendall(GREETING + foreign + b'{"return": {}, "id": 1}\r\n')
+        connection = QmpConnection(ours)
+        connection.negotiate("here", 5)
+        theirs.sendall(b'{"return": {"status": "running"}, "id": 2}\r\n')
+        assert connection.execute("query-status") == {"status": "running"}
+        connection.close()
+
+
 def test_silence_instead_of_a_greeting_means_busy() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
