@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from holdfast_agent.checkpoint.driver import Driver
 from holdfast_agent.checkpoint.figures import BackupFigures
 from holdfast_agent.checkpoint.ports import AgentPort, Peer, Standby
 from holdfast_agent.checkpoint.waiting import WaitReadable, wait_readable
@@ -40,7 +41,7 @@ PHASES = {
 }
 
 
-class BackupDriver:
+class BackupDriver(Driver):
     """Drives one `BackupMachine`; closes nothing but the peer's connection."""
 
     def __init__(
@@ -58,17 +59,18 @@ class BackupDriver:
         hurry: Callable[[], None] = lambda: None,
     ) -> None:
         """Use these parts until `run` returns; `hurry` is called when seeding is over."""
-        self._hurry = hurry
-        self._wait = wait
+        super().__init__(
+            host=host,
+            peer=peer,
+            agent=agent,
+            wants=wants,
+            now_ns=now_ns,
+            wait=wait,
+            hurry=hurry,
+        )
         self._machine = machine
-        self._host = host
         self._standby = standby
-        self._peer: Peer | None = peer
-        self._agent = agent
-        self._wants = wants
         self._figures = figures
-        self._now_ns = now_ns
-        self._finished = False
         self._staged: list[PagesArrived] = []
         self._device_state = b""
         self._suspected_ns = 0
@@ -148,13 +150,6 @@ class BackupDriver:
         self._write(pages)
         assert self._peer is not None
         self._peer.release_buffers()
-
-    def _tend_peer(self) -> None:
-        try:
-            if self._peer is not None:
-                self._peer.tend(self._now_ns())
-        except PeerLost as lost:
-            self._lose_peer(lost)
 
     def _lose_peer(self, lost: PeerLost) -> None:
         """Suspect the primary. The connection ends first: nothing is acknowledged from here on."""
@@ -273,11 +268,6 @@ class BackupDriver:
         self, kind: EventKind, message: str, evidence: dict[str, str | int | float | bool | None]
     ) -> None:
         self._agent.send(Happened(event=self._wants.event(kind, message, evidence)))
-
-    def _hang_up(self) -> None:
-        if self._peer is not None:
-            self._peer.close()
-            self._peer = None
 
     def _report(self) -> None:
         machine = self._machine

@@ -3,6 +3,8 @@
 Names of counters end in their unit; the agent exports them as they are.
 """
 
+from collections.abc import Iterable
+
 from holdfast_agent.checkpoint.capture import Checkpoint
 from holdfast_agent.checkpoint.seeding import SeedingFigures
 from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES
@@ -44,22 +46,45 @@ def progress_of(figures: SeedingFigures, now_ns: int) -> SeedingProgress:
     )
 
 
-class PrimaryFigures:
+class Figures:
+    """What the figures of both sides have in common."""
+
+    def __init__(self, vm: VmId, generation: Generation, counter_names: Iterable[str]) -> None:
+        """Nothing measured yet; the first report is due at once."""
+        self._vm = vm
+        self._generation = generation
+        self._counters = Counters(counter_names)
+        self._connection: dict[str, float] = {}
+        self.next_report_ns = 0
+
+    def connection(self, counters: dict[str, float]) -> None:
+        """Take over the connection's own counts of bytes and frames, rejected ones among them."""
+        self._connection = counters
+
+    def report_due(self, now_ns: int) -> bool:
+        """Return whether a report is due, and set the time of the next one."""
+        if now_ns < self.next_report_ns:
+            return False
+        self.next_report_ns = now_ns + REPORT_INTERVAL_NS
+        return True
+
+    def _all_counters(self) -> dict[str, float]:
+        """Return our own counters and the connection's."""
+        return self._counters.values() | self._connection
+
+
+class PrimaryFigures(Figures):
     """Figures of a primary."""
 
     def __init__(self, *, vm: VmId, generation: Generation, tracker: str, plug: str) -> None:
         """Nothing measured yet; the first report is due at once."""
-        self._vm = vm
-        self._generation = generation
+        super().__init__(vm, generation, PRIMARY_COUNTERS)
         self._tracker = tracker
         self._plug = plug
         self._pause_ms = Window()
         self._acknowledgement_ms = Window()
         self._checkpoint_bytes = Window()
-        self._counters = Counters(PRIMARY_COUNTERS)
         self._last_seeding: SeedingProgress | None = None
-        self._connection: dict[str, float] = {}
-        self.next_report_ns = 0
 
     def captured(self, checkpoint: Checkpoint) -> None:
         """Count a captured checkpoint."""
@@ -85,10 +110,6 @@ class PrimaryFigures:
         self._acknowledgement_ms.add(since_capture_ns / NS_PER_MS)
         self._counters.add("acknowledgement_seconds", since_capture_ns / 1e9)
 
-    def connection(self, counters: dict[str, float]) -> None:
-        """Take over the connection's own counts of bytes and frames, rejected ones among them."""
-        self._connection = counters
-
     def seeded(self, figures: SeedingFigures) -> None:
         """Count a finished seeding."""
         self._last_seeding = progress_of(figures, figures.ended_ns)
@@ -96,13 +117,6 @@ class PrimaryFigures:
         self._counters.add("seeding_bytes", figures.sent_bytes)
         self._counters.add("seeding_pause_seconds_max", figures.pause_ns_max / 1e9)
         self._counters.add("seeding_brakes", figures.brakes)
-
-    def report_due(self, now_ns: int) -> bool:
-        """Return whether a report is due, and set the time of the next one."""
-        if now_ns < self.next_report_ns:
-            return False
-        self.next_report_ns = now_ns + REPORT_INTERVAL_NS
-        return True
 
     def report(
         self,
@@ -116,7 +130,7 @@ class PrimaryFigures:
         detail: str,
     ) -> Reported:
         """Return the report as of now."""
-        counters = self._counters.values() | self._connection
+        counters = self._all_counters()
         return Reported(
             report=WorkerReport(
                 vm=self._vm,
@@ -139,16 +153,12 @@ class PrimaryFigures:
         )
 
 
-class BackupFigures:
+class BackupFigures(Figures):
     """Figures of a backup."""
 
     def __init__(self, *, vm: VmId, generation: Generation) -> None:
         """Nothing measured yet; the first report is due at once."""
-        self._vm = vm
-        self._generation = generation
-        self._counters = Counters(BACKUP_COUNTERS)
-        self._connection: dict[str, float] = {}
-        self.next_report_ns = 0
+        super().__init__(vm, generation, BACKUP_COUNTERS)
 
     def pages(self, epoch: Epoch, page_count: int) -> None:
         """Count pages that arrived."""
@@ -158,25 +168,14 @@ class BackupFigures:
             self._counters.add("pages", page_count)
             self._counters.add("checkpoint_bytes", page_count * PAGE_SIZE_BYTES)
 
-    def connection(self, counters: dict[str, float]) -> None:
-        """Take over the connection's own counts of bytes and frames, rejected ones among them."""
-        self._connection = counters
-
     def applied(self, apply_ns: int) -> None:
         """Count a checkpoint that was applied."""
         self._counters.add("checkpoints")
         self._counters.add("apply_seconds", apply_ns / 1e9)
 
-    def report_due(self, now_ns: int) -> bool:
-        """Return whether a report is due, and set the time of the next one."""
-        if now_ns < self.next_report_ns:
-            return False
-        self.next_report_ns = now_ns + REPORT_INTERVAL_NS
-        return True
-
     def report(self, *, phase: WorkerPhase, acknowledged: Epoch, detail: str) -> Reported:
         """Return the report as of now."""
-        counters = self._counters.values() | self._connection
+        counters = self._all_counters()
         return Reported(
             report=WorkerReport(
                 vm=self._vm,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from holdfast_agent.checkpoint.capture import Capturer, Checkpoint
+from holdfast_agent.checkpoint.driver import Driver
 from holdfast_agent.checkpoint.figures import PrimaryFigures
 from holdfast_agent.checkpoint.ports import (
     AgentPort,
@@ -61,7 +62,7 @@ class PrimaryParts:
     seeding: Seeding | None
 
 
-class PrimaryDriver:
+class PrimaryDriver(Driver):
     """Drives one `PrimaryMachine`; closes nothing but the peer's connection."""
 
     def __init__(
@@ -79,18 +80,19 @@ class PrimaryDriver:
         hurry: Callable[[], None] = lambda: None,
     ) -> None:
         """Use these parts until `run` returns; `hurry` is called when seeding is over."""
-        self._hurry = hurry
-        self._wait = wait
+        super().__init__(
+            host=host,
+            peer=parts.peer,
+            agent=agent,
+            wants=wants,
+            now_ns=now_ns,
+            wait=wait,
+            hurry=hurry,
+        )
         self._machine = machine
-        self._host = host
         self._parts = parts
-        self._agent = agent
-        self._wants = wants
         self._figures = figures
-        self._now_ns = now_ns
-        self._peer = parts.peer
         self._seeding = parts.seeding
-        self._finished = False
         self._capture_failures = 0
         self._handover_ns = FOREVER_NS
         self._captured_ns = 0
@@ -233,23 +235,11 @@ class PrimaryDriver:
         except PeerLost as lost:
             self._lose_peer(lost)
 
-    def _tend_peer(self) -> None:
-        try:
-            if self._peer is not None:
-                self._peer.tend(self._now_ns())
-        except PeerLost as lost:
-            self._lose_peer(lost)
-
     def _lose_peer(self, lost: PeerLost) -> None:
         LOGGER.warning("the backup is lost: %s", lost)
         self._wants.evidence["explanation"] = lost.explanation
         self._hang_up()
         self._perform(self._machine.peer_lost(ClaimReason(lost.reason)))
-
-    def _hang_up(self) -> None:
-        if self._peer is not None:
-            self._peer.close()
-            self._peer = None
 
     # --- what is done -----------------------------------------------------------------------------
 

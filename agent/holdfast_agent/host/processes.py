@@ -26,6 +26,13 @@ def is_alive(pid: int, start_ticks: int) -> bool:
     return pid > 0 and start_ticks > 0 and start_ticks_of(pid) == start_ticks
 
 
+def wait_for_end(pidfd: int, timeout_seconds: float) -> bool:
+    """Return whether the process of a pidfd has ended, waiting so long for it at most."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(timeout_seconds * 1000))
+
+
 def kill_and_wait(pid: int, start_ticks: int, timeout_seconds: float = 5.0) -> bool:
     """SIGKILL the process if it is still the one meant; return whether it is gone.
 
@@ -41,9 +48,7 @@ def kill_and_wait(pid: int, start_ticks: int, timeout_seconds: float = 5.0) -> b
         if not is_alive(pid, start_ticks):
             return True
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        return bool(poller.poll(int(timeout_seconds * 1000)))
+        return wait_for_end(descriptor, timeout_seconds)
     except ProcessLookupError:
         return True
     finally:

@@ -26,7 +26,6 @@ import contextlib
 import logging
 import os
 import re
-import select
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from typing import Self
 from holdfast_agent.core.failures import VirtualMachineFailed
 from holdfast_agent.core.memory_map import MemoryMap
 from holdfast_agent.core.vm_spec import VmSpec
+from holdfast_agent.host.processes import wait_for_end
 from holdfast_agent.hypervisor.holding import argv_of
 from holdfast_agent.hypervisor.nics import read_nics
 from holdfast_agent.hypervisor.qmp import QmpConnection, QmpEvent
@@ -239,7 +239,7 @@ class QemuMachine:
             return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        if not _ended(self._pidfd, KILL_TIMEOUT_S):
+        if not wait_for_end(self._pidfd, KILL_TIMEOUT_S):
             raise VirtualMachineFailed(
                 f"process {self.pid} did not end within {KILL_TIMEOUT_S} s of SIGKILL"
             )
@@ -264,9 +264,3 @@ class QemuMachine:
             if self._saving is not None:
                 self._saving.close()
             os.close(self._pidfd)
-
-
-def _ended(pidfd: int, timeout_s: float) -> bool:
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(timeout_s * 1000))

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -296,50 +297,49 @@ def test_a_dead_worker_is_told_from_one_that_only_says_nothing(run_dir: Path) ->
     assert unreachable(path).is_dead
 
 
+Say = Callable[[bytes], Coroutine[Any, Any, None]]
+
+
+@contextlib.asynccontextmanager
+async def raw_worker(path: Path) -> AsyncIterator[tuple[asyncio.Task[WorkerLink], Say]]:
+    """Yield an agent's attempt to link, and how to say whatever a test wants as its worker."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        listener.setblocking(False)
+        linking = asyncio.create_task(WorkerLink.connect(path, PATIENCE_SECONDS))
+        connection, _ = await loop.sock_accept(listener)
+        with connection:
+            yield linking, functools.partial(loop.sock_sendall, connection)
+
+
 @pytest.mark.parametrize("first_words", [b"garbage", b'{"type": "want-seeded", "generation": 1}'])
 def test_a_worker_that_does_not_introduce_itself_is_refused(
     run_dir: Path, first_words: bytes
 ) -> None:
-    path = run_dir / "other.sock"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(str(path))
-        listener.listen(1)
-        listener.setblocking(False)
+    async def scene() -> None:
+        async with raw_worker(run_dir / "other.sock") as (linking, say):
+            await say(first_words)
+            with pytest.raises(WorkerUnreachable):
+                await linking
 
-        async def scene() -> None:
-            loop = asyncio.get_running_loop()
-            task = asyncio.create_task(WorkerLink.connect(path, PATIENCE_SECONDS))
-            connection, _ = await loop.sock_accept(listener)
-            with connection:
-                await loop.sock_sendall(connection, first_words)
-                with pytest.raises(WorkerUnreachable):
-                    await task
-
-        run(scene())
+    run(scene())
 
 
 def test_garbage_from_a_worker_is_passed_over(run_dir: Path, introduction: Introduced) -> None:
-    path = run_dir / "other.sock"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(str(path))
-        listener.listen(1)
-        listener.setblocking(False)
+    async def scene() -> None:
+        async with raw_worker(run_dir / "other.sock") as (linking, say):
+            await say(introduction.model_dump_json().encode())
+            link = await linking
+            said = Listener(link)
+            await say(b'{"type": "unheard-of"}')
+            await say(event(1).model_dump_json().encode())
+        await said.task
+        assert said.heard == [event(1)]
+        link.close()
 
-        async def scene() -> None:
-            loop = asyncio.get_running_loop()
-            task = asyncio.create_task(WorkerLink.connect(path, PATIENCE_SECONDS))
-            connection, _ = await loop.sock_accept(listener)
-            with connection:
-                await loop.sock_sendall(connection, introduction.model_dump_json().encode())
-                link = await task
-                said = Listener(link)
-                await loop.sock_sendall(connection, b'{"type": "unheard-of"}')
-                await loop.sock_sendall(connection, event(1).model_dump_json().encode())
-            await said.task
-            assert said.heard == [event(1)]
-            link.close()
-
-        run(scene())
+    run(scene())
 
 
 def test_sending_to_a_worker_that_is_gone_fails_and_says_so(
