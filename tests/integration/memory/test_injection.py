@@ -215,8 +215,14 @@ def test_the_parent_of_a_process_that_dies_while_it_stands_learns_of_it() -> Non
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
-        with pytest.raises(InjectionFailed, match=r"died|gone"):
-            run_in_process(child, deadly, PATIENCE_S)
+        try:
+            # A parent goes on when exec has begun, before the new program is wholly there.
+            until(lambda: sleeps_in_call(child))
+            with pytest.raises(InjectionFailed, match=r"died|gone"):
+                run_in_process(child, deadly, PATIENCE_S)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)  # the parent waits for it
+            raise
         assert int(parent.stdout.readline()) == -signal.SIGKILL
 
 
