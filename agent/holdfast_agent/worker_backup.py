@@ -34,7 +34,8 @@ from holdfast_api.words import Role
 
 LOGGER = logging.getLogger(__name__)
 STAGING_ROOM_BYTES = 64 << 20
-"""A checkpoint has each page at most once, and a last frame may be half empty."""
+"""A checkpoint has each page and its number at most once, and a last frame may be half empty."""
+PAGE_NUMBER_SIZE_BYTES = 8
 PRIMARY_SECONDS = 60.0
 """So long a backup waits for its primary to connect."""
 
@@ -136,5 +137,7 @@ def _connection(order: WorkerOrder, hello: Hello, sock: socket.socket) -> FrameC
         silence_limit_seconds=max(SEEDING_SILENCE_SECONDS, hello.silence_limit_ms / 1000),
         keepalive_seconds=hello.keepalive_ms / 1000,
         received_frames=1,
-        staging_limit_bytes=hello.memory_map.size_bytes + STAGING_ROOM_BYTES,
+        staging_limit_bytes=hello.memory_map.size_bytes
+        + hello.memory_map.page_count * PAGE_NUMBER_SIZE_BYTES
+        + STAGING_ROOM_BYTES,
     )

@@ -64,6 +64,8 @@ PAGES_HEAD = struct.Struct("<IIII")
 CHECKPOINT_HEAD = struct.Struct("<QII16sQ")
 RUN_SIZE_BYTES = 16
 FLAG_FINAL = 1
+PAGES_MAX = 1 << 40
+"""Of one VM: 4 PiB, as much as any processor addresses; what is computed from it fits into i64."""
 
 NO_ROWS: PageRows = np.empty((0, PAGE_SIZE_BYTES), dtype=np.uint8)
 
@@ -78,8 +80,8 @@ class Hello(Model):
     generation: int = Field(ge=1)
     primary: HostId
     backup: HostId
-    keepalive_ms: int = Field(ge=1)
-    silence_limit_ms: int = Field(ge=2)
+    keepalive_ms: int = Field(ge=1, le=10_000)
+    silence_limit_ms: int = Field(ge=2, le=1_000_000)
     blocks: tuple[tuple[str, int], ...] = Field(min_length=1, max_length=256)
     """RAM blocks as (name, size in bytes), in the order that numbers the pages."""
     spec: dict[str, Any] = Field(default_factory=dict)
@@ -87,7 +89,8 @@ class Hello(Model):
 
     @model_validator(mode="after")
     def _blocks_make_a_map(self) -> Self:
-        MemoryMap.of_sizes(self.blocks)
+        if MemoryMap.of_sizes(self.blocks).page_count > PAGES_MAX:
+            raise ValueError(f"more than {PAGES_MAX} pages of memory")
         return self
 
     @property

@@ -15,6 +15,8 @@ from holdfast_api.words import VmId
 INTERFACE_PATTERN = r"^[^\s/:]{1,15}$"
 """What the kernel takes as a name of a network interface."""
 InterfaceName = Annotated[str, Field(pattern=INTERFACE_PATTERN)]
+Word = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""What the kernel passes to a program: anything without a zero byte."""
 MAC_PATTERN = r"^([0-9a-f]{2}:){5}[0-9a-f]{2}$"
 
 
@@ -37,7 +39,7 @@ class VmSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     vm: VmId
-    argv: tuple[str, ...] = Field(min_length=1, max_length=4096)
+    argv: tuple[Word, ...] = Field(min_length=1, max_length=4096)
     """The primary's command line, as it runs."""
     machine_type: str = Field(min_length=1, max_length=255)
     """As QEMU resolved it, for example `pc-q35-7.2`."""

@@ -7,6 +7,7 @@ the second are dropped, or redirected into the standby's folder. Files that the 
 made of (kernel, initrd, firmware, read-only images) must exist on both hosts under the same name.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -155,7 +156,7 @@ def standby_argv(
 
 
 def _count(text: str | None) -> int:
-    return int(text) if text and text.isdigit() else 1
+    return int(text) if text and re.fullmatch("[0-9]{1,9}", text) else 1
 
 
 def _is_monitor(option: Option, argv: Sequence[str]) -> bool:

@@ -56,7 +56,7 @@ class Parameters:
         if text.startswith("{"):
             try:
                 values = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):  # no JSON, or nested like none that QEMU reads
                 values = None
             if isinstance(values, dict):
                 return cls._of_json(values)
@@ -104,7 +104,7 @@ class Parameters:
         if self.json_values is not None:
             return json.dumps(self.json_values)
         words = [self.first.replace(",", ",,")] if self.first else []
-        words += [f"{key}={value.replace(',', ',,')}" for key, value in self.pairs]
+        words += [f"{key}={value}".replace(",", ",,") for key, value in self.pairs]
         return ",".join(words)
 
 

@@ -42,6 +42,7 @@ from holdfast_agent.core.failures import (
     VirtualMachineFailed,
     VirtualMachineGone,
 )
+from holdfast_agent.hypervisor.qmp_message import parse_message, parse_object
 
 Ticket = NewType("Ticket", int)
 
@@ -125,7 +126,7 @@ class QmpConnection:
         """Read the greeting and enter command mode; `name` stands in error messages."""
         line = self._greeting(name, time.monotonic() + timeout_s)
         try:
-            greeting = json.loads(line)["QMP"]
+            greeting = parse_object(line)["QMP"]
             version = greeting["version"]["qemu"]
             self.version = "{major}.{minor}.{micro}".format_map(version)
             package = greeting["version"]["package"]
@@ -448,10 +449,10 @@ class QmpConnection:
 
     def _take(self, line: bytes) -> None:
         try:
-            message = json.loads(line)
+            message = parse_message(line)
         except ValueError as error:
             self._hung_up()
-            raise VirtualMachineGone(f"QEMU sent no JSON: {line[:80]!r}") from error
+            raise VirtualMachineGone(f"QEMU sent no JSON: {line[:80]!r}: {error}") from error
         name = message.get("event")
         if name is not None:
             data = message.get("data", {})

@@ -63,7 +63,7 @@ class FramePeer:
         self._clock = clock
         self._tally = PagesTally()
         self._receiver = CheckpointReceiver(map_page_count)
-        self._kept: list[Frame] = []
+        self._kept: list[tuple[Frame, int]] = []
         self._said_farewell = False
         self._is_closed = False
 
@@ -152,8 +152,8 @@ class FramePeer:
 
     def release_buffers(self) -> None:
         """All rows handed out so far are no longer looked at; their buffers may be reused."""
-        for frame in self._kept:
-            self._connection.give_back(frame)
+        for frame, indexes_bytes in self._kept:
+            self._connection.give_back(frame, indexes_bytes)
         self._kept.clear()
 
     def close(self) -> None:
@@ -175,8 +175,10 @@ class FramePeer:
         match frame.kind:
             case FrameKind.PAGES:
                 pages = self._receiver.pages(frame.header, frame.payload)
-                self._connection.keep(frame)
-                self._kept.append(frame)
+                # A run of 16 bytes can name every page of the VM, and each takes 8 bytes here.
+                indexes_bytes = pages.indexes.nbytes + pages.zero_indexes.nbytes
+                self._connection.keep(frame, indexes_bytes)
+                self._kept.append((frame, indexes_bytes))
                 return PagesArrived(frame.epoch, pages.indexes, pages.rows, pages.zero_indexes)
             case FrameKind.CHECKPOINT:
                 checkpoint = self._receiver.checkpoint(frame.header, frame.payload)

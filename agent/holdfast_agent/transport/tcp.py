@@ -332,18 +332,19 @@ class FrameConnection:
         self.counters.rejected_frames += 1
         self._receive_failure = error
 
-    def keep(self, frame: Frame) -> None:
+    def keep(self, frame: Frame, beside_bytes: int = 0) -> None:
         """Keep the payload of the frame just received beyond the next `receive`.
 
-        Ends with `give_back`. Raises StagingLimitReached; the frame is not kept then.
+        `beside_bytes`: made from it and kept with it, so counted with it. Ends with `give_back`.
+        Raises StagingLimitReached; the frame is not kept then.
         """
         assert self._lent is frame.buffer, "only the frame received last can be kept"
-        self._buffers.keep(len(frame.payload))
+        self._buffers.keep(len(frame.payload) + beside_bytes)
         self._lent = None
 
-    def give_back(self, frame: Frame) -> None:
+    def give_back(self, frame: Frame, beside_bytes: int = 0) -> None:
         """End the use of a kept frame: its payload and every view of it."""
-        self._buffers.give_back(frame.buffer, len(frame.payload))
+        self._buffers.give_back(frame.buffer, len(frame.payload) + beside_bytes)
 
     def judge_silence(self, now_ns: int) -> bool:
         """Say whether the peer's silence is a suspicion. Ask at least every half silence limit.

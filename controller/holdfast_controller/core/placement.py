@@ -6,46 +6,78 @@ note, and a note is stored only when it changed.
 
 Ties are broken in this order, so that the same view always gives the same choice: most preferred
 labels, fewest backups, most free memory, name.
+
+A pass may search for thousands of VMs among a thousand hosts, so no search asks every rule of every
+host. VMs that want the same (`_Wish`) get the same answer from every rule but a few; it is worked
+out once in a pass and kept. What is left to one search is the hosts that its own VM has to do with
+(its primary, holders, neighbours, setbacks: a handful, asked every rule) and the room that each
+host has left. A note names at most `REJECTIONS_MAX` hosts, those with an objection first: it is
+stored in the record, and ten thousand notes of a thousand sentences would fill the store.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from itertools import islice
 
 from holdfast_api.records import PlacementNote, ProtectionRecord, Rejection, Setback, VmFacts
 from holdfast_api.transitions import LIVE
 from holdfast_api.words import HostId, Phase, Severity, VmId
-from holdfast_controller.core.view import HostView, ProtectionView, View
+from holdfast_controller.core.view import HeartbeatView, HostView, ProtectionView, View
 
 MEBIBYTE = 1024 * 1024
 MEMORY_RESERVE_BYTES = 64 * MEBIBYTE
 """Left free on a backup beside the VM's memory: the standby QEMU's own needs and one checkpoint."""
+REJECTIONS_MAX = 32
+"""Hosts that a note names; more of them tell an operator nothing new."""
 RETRY_SECONDS_FIRST = 5.0
 RETRY_SECONDS_MAX = 300.0
+
+Rank = tuple[int, int, HostId]
+"""Backups, free memory with its sign turned, name: the lowest is preferred."""
 
 
 @dataclass
 class Occupancy:
     """Who uses which host, counting what the running pass has already decided."""
 
-    reserved_bytes: dict[HostId, int] = field(default_factory=dict)
-    """Memory that standbys being filled there will still take."""
     backups: dict[HostId, set[VmId]] = field(default_factory=dict)
     hosts_of: dict[VmId, set[HostId]] = field(default_factory=dict)
     """Hosts that a VM runs on or is backed up by."""
     keeps_away: dict[VmId, set[VmId]] = field(default_factory=dict)
     """Both directions of every `anti_affinity`."""
+    keepers: dict[VmId, set[HostId]] = field(default_factory=dict)
+    """Hosts that say they have something of a VM."""
+    free_bytes: dict[HostId, int] = field(default_factory=dict)
+    """Memory that a host has to spare, reservations taken off."""
+    ranks: dict[HostId, Rank] = field(default_factory=dict)
+    suited: "dict[_Wish, _Suited]" = field(default_factory=dict)
+    """What this pass has worked out already."""
 
     @classmethod
     def of(cls, view: View) -> "Occupancy":
         """Count what `view` holds."""
         occupancy = cls()
         for name, host in view.hosts.items():
-            for vm in host.heartbeat.vms if host.heartbeat is not None else ():
-                occupancy.hosts_of.setdefault(vm, set()).add(name)
+            if host.heartbeat is not None:
+                occupancy._hear(name, host.heartbeat)
+            occupancy._rank(name)
         for known in view.protections.values():
             if known.record.phase in LIVE:
                 occupancy._count(view, known.record)
         return occupancy
+
+    def _hear(self, host: HostId, heartbeat: HeartbeatView) -> None:
+        self.free_bytes[host] = heartbeat.facts.memory_available_bytes
+        for vm in heartbeat.vms:
+            self.hosts_of.setdefault(vm, set()).add(host)
+            self.keepers.setdefault(vm, set()).add(host)
+        for vm in heartbeat.held:
+            self.keepers.setdefault(vm, set()).add(host)
+
+    def _rank(self, host: HostId) -> None:
+        backups = len(self.backups.get(host, ()))
+        self.ranks[host] = (backups, -self.free_bytes.get(host, 0), host)
 
     def _count(self, view: View, record: ProtectionRecord) -> None:
         self.hosts_of.setdefault(record.vm, set()).add(record.primary)
@@ -59,9 +91,10 @@ class Occupancy:
 
     def assign(self, vm: VmId, host: HostId, memory_bytes: int) -> None:
         """Count `host` as the backup of `vm`, still to be filled with `memory_bytes`."""
-        self.reserved_bytes[host] = self.reserved_bytes.get(host, 0) + memory_bytes
+        self.free_bytes[host] = self.free_bytes.get(host, 0) - memory_bytes
         self.backups.setdefault(host, set()).add(vm)
         self.hosts_of.setdefault(vm, set()).add(host)
+        self._rank(host)
 
 
 @dataclass(frozen=True)
@@ -79,8 +112,32 @@ class _Search:
         return self.view.hosts.get(self.record.primary, HostView(self.record.primary))
 
 
+@dataclass(frozen=True)
+class _Wish:
+    """What a VM wants of its backup's host; VMs that want the same may have the same hosts."""
+
+    placement_json: str
+    failure_domain: str | None
+    """The primary's; None when it has none or the policy asks for none."""
+    qemu_version: str
+    machine_type: str
+    accelerator: str
+    bridges: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Suited:
+    """The hosts, judged by `_WISH_RULES`."""
+
+    objections: dict[HostId, str]
+    names: tuple[HostId, ...]
+    """Those without an objection, by name."""
+    queues: tuple[list[Rank], ...]
+    """The same as heaps, one for each number of preferred labels, the most first."""
+
+
 def choose(view: View, occupancy: Occupancy, protection: ProtectionView) -> PlacementNote:
-    """Choose the backup of `protection`; the note names every host passed over and why."""
+    """Choose the backup of `protection`; the note names hosts passed over and why."""
     record = protection.record
     facts = view.vm_facts(record.primary, record.vm)
     if facts is None:
@@ -89,8 +146,7 @@ def choose(view: View, occupancy: Occupancy, protection: ProtectionView) -> Plac
     blocking = [i.code for i in facts.issues if i.severity is Severity.BLOCKING]
     if blocking:
         return _nobody(view, f"the VM can not be protected as it is: {', '.join(blocking)}")
-    search = _Search(view, occupancy, record, facts, protection.since_seconds)
-    return _decide(search, sorted(view.hosts))
+    return _decide(_Search(view, occupancy, record, facts, protection.since_seconds))
 
 
 def retry_after_seconds(setback: Setback) -> float:
@@ -100,46 +156,125 @@ def retry_after_seconds(setback: Setback) -> float:
 
 
 def _nobody(view: View, sentence: str) -> PlacementNote:
-    rejections = tuple(Rejection(host=name, reason=sentence) for name in sorted(view.hosts))
-    return PlacementNote(chosen=None, rejections=rejections)
+    return _note(None, dict.fromkeys(view.hosts, sentence), ())
 
 
-def _decide(search: _Search, names: Iterable[HostId]) -> PlacementNote:
-    reasons: dict[HostId, str] = {}
-    candidates: list[HostView] = []
-    for name in names:
-        host = search.view.hosts[name]
-        reason = _objection(search, host)
-        if reason is None:
-            candidates.append(host)
-        else:
-            reasons[name] = reason
-    candidates.sort(key=lambda host: _rank(search, host))
-    chosen = candidates[0].host if candidates else None
-    for host in candidates[1:]:
-        reasons[host.host] = f"would do, but {chosen} is preferred"
-    rejections = tuple(Rejection(host=name, reason=reasons[name]) for name in sorted(reasons))
+def _decide(search: _Search) -> PlacementNote:
+    suited = _suited(search)
+    free_bytes, needed_bytes = search.occupancy.free_bytes, _needed_bytes(search)
+    cramped = [name for name in suited.names if free_bytes[name] < needed_bytes]
+    reasons = suited.objections | dict.fromkeys(cramped, _no_room(search))
+    reasons |= _objections_of_its_own(search)
+    best = (_best(search.occupancy, queue, reasons) for queue in suited.queues)
+    chosen = next((name for name in best if name is not None), None)
+    return _note(chosen, reasons, (n for n in suited.names if n != chosen and n not in reasons))
+
+
+def _best(occupancy: Occupancy, queue: list[Rank], reasons: dict[HostId, str]) -> HostId | None:
+    """Return the host of the lowest rank that nothing speaks against.
+
+    Ranks only rise in a pass: an entry that is too low is put back where it belongs.
+    """
+    looked_at: list[Rank] = []
+    chosen = None
+    while queue and chosen is None:
+        rank = heappop(queue)
+        name = rank[-1]
+        if rank != occupancy.ranks[name]:
+            heappush(queue, occupancy.ranks[name])
+            continue
+        looked_at.append(rank)
+        chosen = None if name in reasons else name
+    for rank in looked_at:
+        heappush(queue, rank)
+    return chosen
+
+
+def _note(
+    chosen: HostId | None, reasons: dict[HostId, str], others: Iterable[HostId]
+) -> PlacementNote:
+    """Name hosts passed over, by name; `others`, that would do, fill what room is left."""
+    named = {name: reasons[name] for name in sorted(reasons)[:REJECTIONS_MAX]}
+    for name in islice(others, REJECTIONS_MAX - len(named)):
+        named[name] = f"would do, but {chosen} is preferred"
+    rejections = tuple(Rejection(host=name, reason=named[name]) for name in sorted(named))
     return PlacementNote(chosen=chosen, rejections=rejections)
 
 
-def _objection(search: _Search, host: HostView) -> str | None:
-    for rule in _RULES:
+def _suited(search: _Search) -> _Suited:
+    """Return the hosts as every VM with the same wish finds them in this pass."""
+    wish = _wish(search)
+    known = search.occupancy.suited.get(wish)
+    if known is None:
+        known = search.occupancy.suited[wish] = _judge(search)
+    return known
+
+
+def _wish(search: _Search) -> _Wish:
+    placement = search.record.policy.placement
+    key = placement.failure_domain
+    return _Wish(
+        placement_json=placement.model_dump_json(),
+        failure_domain=None if key is None else search.primary.settings.labels.get(key),
+        qemu_version=search.facts.qemu_version,
+        machine_type=search.facts.machine_type,
+        accelerator=search.facts.accelerator,
+        bridges=search.facts.bridges,
+    )
+
+
+def _judge(search: _Search) -> _Suited:
+    objections: dict[HostId, str] = {}
+    names: list[HostId] = []
+    queues: dict[int, list[Rank]] = {}
+    for name in sorted(search.view.hosts):
+        host = search.view.hosts[name]
+        reason = _objection(_WISH_RULES, search, host)
+        if reason is not None:
+            objections[name] = reason
+            continue
+        names.append(name)
+        queues.setdefault(_preferred_labels(search, host), []).append(search.occupancy.ranks[name])
+    for queue in queues.values():
+        heapify(queue)
+    best_first = tuple(queues[count] for count in sorted(queues, reverse=True))
+    return _Suited(objections, tuple(names), best_first)
+
+
+def _objections_of_its_own(search: _Search) -> dict[HostId, str]:
+    """Ask every rule of the hosts that this VM has to do with; all others it treats alike."""
+    record, occupancy = search.record, search.occupancy
+    names = {record.primary, *occupancy.keepers.get(record.vm, ())}
+    names.update(setback.host for setback in record.setbacks)
+    for other in occupancy.keeps_away.get(record.vm, ()):
+        names |= occupancy.hosts_of.get(other, set())
+    found: dict[HostId, str] = {}
+    for name in names & search.view.hosts.keys():
+        reason = _objection(_RULES, search, search.view.hosts[name])
+        if reason is not None:
+            found[name] = reason
+    return found
+
+
+def _objection(rules: "Iterable[_Rule]", search: _Search, host: HostView) -> str | None:
+    for rule in rules:
         reason = rule(search, host)
         if reason is not None:
             return reason
     return None
 
 
-def _rank(search: _Search, host: HostView) -> tuple[int, int, int, str]:
+def _preferred_labels(search: _Search, host: HostView) -> int:
     prefer = search.record.policy.placement.prefer_labels
-    preferred = sum(host.settings.labels.get(key) == value for key, value in prefer.items())
-    backups = len(search.occupancy.backups.get(host.host, ()))
-    return (-preferred, backups, -_free_bytes(search, host), host.host)
+    return sum(host.settings.labels.get(key) == value for key, value in prefer.items())
 
 
-def _free_bytes(search: _Search, host: HostView) -> int:
-    available = host.heartbeat.facts.memory_available_bytes if host.heartbeat is not None else 0
-    return available - search.occupancy.reserved_bytes.get(host.host, 0)
+def _needed_bytes(search: _Search) -> int:
+    return search.facts.memory_bytes + MEMORY_RESERVE_BYTES
+
+
+def _no_room(search: _Search) -> str:
+    return f"has less than {-(-_needed_bytes(search) // MEBIBYTE)} MiB of memory to spare"
 
 
 def _still_taken_bytes(view: View, record: ProtectionRecord) -> int:
@@ -251,9 +386,8 @@ def _has_let_go(search: _Search, host: HostView) -> str | None:
 
 
 def _has_room(search: _Search, host: HostView) -> str | None:
-    needed = search.facts.memory_bytes + MEMORY_RESERVE_BYTES
-    if _free_bytes(search, host) < needed:
-        return f"has less than {-(-needed // MEBIBYTE)} MiB of memory to spare"
+    if search.occupancy.free_bytes[host.host] < _needed_bytes(search):
+        return _no_room(search)
     return None
 
 
@@ -267,7 +401,9 @@ def _did_not_just_fail(search: _Search, host: HostView) -> str | None:
     return None
 
 
-_RULES: tuple[Callable[[_Search, HostView], str | None], ...] = (
+_Rule = Callable[[_Search, HostView], str | None]
+
+_RULES: tuple[_Rule, ...] = (
     _is_primary,
     _is_named_by_policy,
     _is_alive,
@@ -283,3 +419,7 @@ _RULES: tuple[Callable[[_Search, HostView], str | None], ...] = (
     _has_room,
     _did_not_just_fail,
 )
+_OWN_RULES = frozenset({_is_primary, _keeps_apart, _has_let_go, _has_room, _did_not_just_fail})
+"""They look at more than the wish: at what `_objections_of_its_own` covers, and at the room."""
+_WISH_RULES = tuple(rule for rule in _RULES if rule not in _OWN_RULES)
+"""They look at the host and at what `_Wish` holds of the VM, and at nothing else."""

@@ -224,7 +224,8 @@ def why_nobody(note: PlacementNote, limit: int = 8) -> str:
         return "there is no other host"
     sentences = [f"{r.host} {r.reason}" for r in note.rejections[:limit]]
     more = len(note.rejections) - limit
-    return "; ".join(sentences) + (f"; and {more} more hosts" if more > 0 else "")
+    counted = f"{more}" if len(note.rejections) < placement.REJECTIONS_MAX else f"at least {more}"
+    return "; ".join(sentences) + (f"; and {counted} more hosts" if more > 0 else "")
 
 
 def _step(
