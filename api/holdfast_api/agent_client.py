@@ -53,6 +53,9 @@ from holdfast_api.wire import (
 )
 from holdfast_api.words import HostId
 
+PATIENCE_SECONDS = 1.0
+"""For one controller while there are others: a heartbeat that waits longer for a controller that
+hangs comes late everywhere. Low: a slow store is asked by every controller for the same thing."""
 CLAIM_ATTEMPT_SECONDS_MIN = 0.25
 """First patience with one controller in a claim. Low: a slow store is asked twice for the same
 thing, which is harmless. High: a hung controller lengthens a failover by so much."""
@@ -174,6 +177,7 @@ class AgentClient:
         try:
             answer = await self._ask(attempt, "POST", "/agent/claims", claim)
         except (httpx.RequestError, TimeoutError) as error:
+            self._controllers.pass_over(attempt.url)
             return str(error) or type(error).__name__
         return read_claim_answer(answer, claim)
 
@@ -187,7 +191,12 @@ class AgentClient:
         wait_seconds: float = 0.0,
     ) -> Answer:
         deadline_seconds = time.monotonic() + self._timeout_seconds + wait_seconds
-        search = Search(self._controllers, deadline_seconds, wait_seconds=wait_seconds)
+        search = Search(
+            self._controllers,
+            deadline_seconds,
+            wait_seconds=wait_seconds,
+            patience_seconds=PATIENCE_SECONDS,
+        )
         while (attempt := search.next(time.monotonic())) is not None:
             try:
                 answer = await self._ask(attempt, method, path, body, parameters)

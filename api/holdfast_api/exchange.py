@@ -15,6 +15,7 @@ answer is not a won claim; and as the loser destroys its VM, it is not a lost on
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from json import JSONDecodeError, loads
+from math import inf
 from re import fullmatch
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
@@ -118,13 +119,15 @@ class Search:
     """One call's way through the controllers.
 
     Each gets an equal part of what is left of the deadline, so that a hung one leaves time for the
-    others; the last gets all that is left. `wait_seconds` is what a long poll may take by right;
-    each gets that in full, as far as the deadline allows.
+    others, and no more than `patience_seconds` while there is another one to ask; the last gets all
+    that is left. `wait_seconds` is what a long poll may take by right; each gets that in full, as
+    far as the deadline allows.
     """
 
     controllers: Controllers
     deadline_seconds: float
     wait_seconds: float = 0.0
+    patience_seconds: float = inf
     cause: Exception | None = None
     _queue: list[str] = field(default_factory=list)
     _again: set[str] = field(default_factory=set)
@@ -142,6 +145,8 @@ class Search:
             return None
         right_seconds = min(self.wait_seconds, left_seconds)
         share_seconds = (left_seconds - right_seconds) / len(self._queue)
+        if len(self._queue) > 1:
+            share_seconds = min(share_seconds, self.patience_seconds)
         return Attempt(self._queue.pop(0), right_seconds + share_seconds)
 
     def failed(self, attempt: Attempt, error: Exception, *, stale: bool = False) -> None:

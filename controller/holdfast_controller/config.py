@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from holdfast_controller.adapters.etcd.endpoints import parse_endpoint
+from holdfast_controller.core.tenure import survives_a_failed_renewal
 
 ENVIRONMENT_PREFIX = "HOLDFAST_CONTROLLER_"
 
@@ -60,6 +61,10 @@ class Config(BaseModel):
     planner_interval_seconds: float = Field(default=1.0, ge=0.05, le=60.0)
     """Longest distance of two planner passes; changes wake it at once. Short: needless work. Long:
     what comes with time alone (trying a failed host again) comes late."""
+    leader_ttl_seconds: int = Field(default=5, ge=2, le=300)
+    """Of several controllers one plans; if it dies, another does after so long. Short: a slow etcd
+    makes them take turns, which does no harm. Long: re-protection begins late; failovers need no
+    leader. One failed renewal must fit in: at least 1.5 times `etcd_request_timeout_seconds`."""
     events_kept: int = Field(default=10_000, ge=100, le=100_000)
     """Older events are pruned. Few: followers that were away miss some. Many: they are held in
     memory and read at every start."""
@@ -77,6 +82,10 @@ class Config(BaseModel):
             faults.append("etcd_certificate_file needs etcd_authority_file")
         if self.planner_interval_seconds >= self.heartbeat_ttl_seconds:
             faults.append("planner_interval_seconds must be below heartbeat_ttl_seconds")
+        if not survives_a_failed_renewal(
+            self.leader_ttl_seconds, self.etcd_request_timeout_seconds
+        ):
+            faults.append("leader_ttl_seconds must be 1.5 times etcd_request_timeout_seconds")
         faults.extend(_unreadable(self))
         faults.extend(_bad_endpoints(self))
         if faults:

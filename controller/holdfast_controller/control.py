@@ -1,6 +1,6 @@
 """What every request handler needs, in one place. Holds; does nothing itself."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -41,6 +41,10 @@ class Control:
     heartbeats: Heartbeats
     world: World
     metrics: Metrics
+    leads: Callable[[], bool] = lambda: False
+    """Whether this controller is the one that plans, at this moment."""
+    store_fault: str = ""
+    """Why the store takes no writes although it answers, for an operator; empty: it takes them."""
     polls: Places = field(default_factory=lambda: Places(4096))
     """Long polls for assignments: one per host."""
     followers: Places = field(default_factory=lambda: Places(256))

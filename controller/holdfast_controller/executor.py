@@ -5,6 +5,7 @@ was taken is *overtaken* and does nothing; the next pass plans from what is ther
 """
 
 import logging
+from collections.abc import Callable
 
 from holdfast_controller.adapters.keys import HostEntry
 from holdfast_controller.adapters.store import EventDraft, Store
@@ -14,10 +15,17 @@ from holdfast_controller.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 
-async def execute(store: Store, plan: Plan, metrics: Metrics) -> list[str]:
-    """Carry out `plan`; return what was done, as sentences. Raises Unavailable in the middle."""
+async def execute(
+    store: Store, plan: Plan, metrics: Metrics, *, may_go_on: Callable[[], bool] = lambda: True
+) -> list[str]:
+    """Carry out `plan`; return what was done, as sentences. Raises Unavailable in the middle.
+
+    Asks `may_go_on` before each step, and leaves the rest undone at the first no.
+    """
     done: list[str] = []
     for step in plan.steps:
+        if not may_go_on():
+            break
         if await _carry_out(store, step):
             metrics.planner_steps.labels(step.kind).inc()
             done.append(step.message)

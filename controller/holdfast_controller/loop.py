@@ -1,15 +1,17 @@
 """What a controller does by itself: follow the store, plan, prune. Needs an event loop and etcd.
 
-Three tasks, each surviving an outage of the store:
+Four tasks, each surviving an outage of the store:
 
 - `follow` keeps the world current by one watch;
 - `probe` writes a key every second and waits until the watch shows it: only then is the world in
-  memory current, which is what `/readyz` says;
+  memory current, which is what `/readyz` says. A store whose quota is used up takes no key; then
+  the last one is read instead, and `/readyz` says what is wrong while everything is readable;
 - `plan` takes a snapshot whenever something the planner looks at has changed, and every interval,
-  plans from it in a thread, and carries the plan out.
+  plans from it in a thread, and carries the plan out, if this controller leads;
+- `leadership` campaigns for that (`leadership.py`).
 
-Planning and carrying out are idempotent, so several controllers may do it at once: compare-and-swap
-lets each step happen once.
+Planning and carrying out are idempotent, so two controllers may do it at once: compare-and-swap
+lets each step happen once. A leader saves the others the work.
 """
 
 import asyncio
@@ -17,12 +19,13 @@ import logging
 from contextlib import aclosing
 
 from holdfast_api.errors import Unavailable
-from holdfast_controller.adapters.etcd import EtcdClient, EtcdRefused
+from holdfast_controller.adapters.etcd import EtcdClient, EtcdOutOfSpace, EtcdRefused
 from holdfast_controller.adapters.keys import ROOT
 from holdfast_controller.adapters.store import undecided_when_unavailable
 from holdfast_controller.control import Control
 from holdfast_controller.core.planner import plan
 from holdfast_controller.executor import execute
+from holdfast_controller.leadership import Leadership
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +44,18 @@ class Loop:
     """The tasks of one controller."""
 
     def __init__(
-        self, control: Control, etcd: EtcdClient, *, interval_seconds: float, events_kept: int
+        self,
+        control: Control,
+        etcd: EtcdClient,
+        leadership: Leadership,
+        *,
+        interval_seconds: float,
+        events_kept: int,
     ) -> None:
-        """Work for `control`; `etcd` stays the caller's."""
+        """Work for `control`; `etcd` stays the caller's. Runs `leadership`."""
         self._control = control
         self._etcd = etcd
+        self._leadership = leadership
         self._interval_seconds = interval_seconds
         self._events_kept = events_kept
         self._compacted = 0
@@ -56,6 +66,7 @@ class Loop:
             group.create_task(self._follow(), name="follow")
             group.create_task(self._probe(), name="probe")
             group.create_task(self._plan(), name="plan")
+            group.create_task(self._leadership.run(), name="leadership")
 
     async def _follow(self) -> None:
         while True:
@@ -71,7 +82,7 @@ class Loop:
         world = self._control.world
         while True:
             try:
-                revision = await self._control.store.probe()
+                revision = await self._probed_revision()
             except Unavailable as error:
                 logger.debug("probe: %s", error)
                 world.set_live(live=False)
@@ -80,11 +91,32 @@ class Loop:
                 world.set_live(live=seen)
             await asyncio.sleep(PROBE_SECONDS if world.live else PROBE_SECONDS / 5)
 
+    async def _probed_revision(self) -> int:
+        """Return the revision that a current world knows. Raises Unavailable."""
+        store = self._control.store
+        try:
+            revision = await store.probe()
+        except Unavailable as error:
+            if not isinstance(error.__cause__, EtcdOutOfSpace):
+                raise
+            self._note_fault("etcd's quota is used up: compact, defragment, then disarm the alarm")
+            # What can still happen in the store are deletions, which no key shows. The watch asks
+            # for a sign of life by itself.
+            return await store.last_probe()
+        self._note_fault("")
+        return revision
+
+    def _note_fault(self, fault: str) -> None:
+        if fault != self._control.store_fault:
+            logger.warning(fault or "the store takes writes again")
+        self._control.store_fault = fault
+
     async def _plan(self) -> None:
         world = self._control.world
         while True:
+            await self._leadership.won()
             seen = world.planner_changes
-            if world.live:
+            if world.live and self._leadership.leads():
                 await self._pass_in_a_net()
             await asyncio.sleep(PASS_DISTANCE_SECONDS)
             await world.planner_change(seen, self._interval_seconds)
@@ -103,9 +135,18 @@ class Loop:
         control = self._control
         planned = await asyncio.to_thread(plan, control.world.snapshot())
         control.metrics.planner_passes.inc()
-        done = await execute(control.store, planned, control.metrics)
-        if done:
-            logger.info("planned at revision %d: %s", planned.revision, "; ".join(done))
+        if not control.store_fault:
+            leads = self._leadership.leads
+            done = await execute(control.store, planned, control.metrics, may_go_on=leads)
+            if done:
+                logger.info("planned at revision %d: %s", planned.revision, "; ".join(done))
+        await self._prune()
+
+    async def _prune(self) -> None:
+        """Remove old events and old history; a store without space takes that, too."""
+        control = self._control
+        if not self._leadership.leads():
+            return
         surplus = control.world.events.surplus(self._events_kept)
         await control.store.remove_events(surplus[:PRUNED_PER_PASS])
         await self._compact(control.world.revision)

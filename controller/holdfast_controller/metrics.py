@@ -52,25 +52,31 @@ class Metrics:
         for outcome in ("won", "lost", "refused"):
             self.claims.labels(outcome)
 
-    def exposition(self, view: View, *, live: bool, events: int) -> bytes:
+    def exposition(self, view: View, *, live: bool, leads: bool, events: int) -> bytes:
         """Return everything in Prometheus' text format. Slow: not on the event loop."""
         gauges = CollectorRegistry()
-        gauges.register(_WorldCollector(view, live=live, events=events))
+        gauges.register(_WorldCollector(view, live=live, leads=leads, events=events))
         return generate_latest(self._registry) + generate_latest(gauges)
 
 
 class _WorldCollector(Collector):
     """Gauges of one snapshot."""
 
-    def __init__(self, view: View, *, live: bool, events: int) -> None:
+    def __init__(self, view: View, *, live: bool, leads: bool, events: int) -> None:
         self._view = view
         self._live = live
+        self._leads = leads
         self._events = events
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """Yield the gauges."""
         yield GaugeMetricFamily(
             "holdfast_store_reachable", "1 while the store answers.", value=float(self._live)
+        )
+        yield GaugeMetricFamily(
+            "holdfast_controller_is_leader",
+            "1 for the controller that plans.",
+            value=float(self._leads),
         )
         yield GaugeMetricFamily("holdfast_events_kept", "Events in the store.", value=self._events)
         hosts = self._view.hosts.values()

@@ -1,13 +1,14 @@
 """One controller process: its store, its loop, its HTTP server, from start to clean end.
 
 Listens on TCP; talks to etcd. `serve` returns when it was told to stop (SIGTERM, SIGINT) and has
-closed everything: waiting long polls and followers are answered first, so that agents go to another
-controller at once. If the loop fails, the server ends too: a controller that no longer follows the
-store must not go on answering.
+closed everything. Leadership is given back and waiting long polls and followers are answered first,
+so that another controller leads and agents go to another one at once. If the loop fails, the server
+ends too: a controller that no longer follows the store must not go on answering.
 """
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from holdfast_controller.adapters.store import Store
 from holdfast_controller.config import Config, ConfigFaults
 from holdfast_controller.control import Control
 from holdfast_controller.http.app import create_app
+from holdfast_controller.leadership import Leadership
 from holdfast_controller.loop import Loop
 from holdfast_controller.metrics import Metrics
 from holdfast_controller.signals import Signals
@@ -33,11 +35,12 @@ BACKLOG = 1024
 
 
 class _Server(uvicorn.Server):
-    """A server that lets its long polls go when it is told to stop."""
+    """A server that lets its long polls go, and its leadership, when it is told to stop."""
 
-    def __init__(self, config: uvicorn.Config, signals: Signals) -> None:
+    def __init__(self, config: uvicorn.Config, signals: Signals, leadership: Leadership) -> None:
         super().__init__(config)
         self._signals = signals
+        self._leadership = leadership
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -53,6 +56,7 @@ class _Server(uvicorn.Server):
 
     def stop(self) -> None:
         """Begin to stop; asked a second time, stop without waiting for requests."""
+        self._leadership.resign()
         self._signals.close()
         self.force_exit = self.should_exit
         self.should_exit = True
@@ -69,19 +73,28 @@ async def serve(config: Config) -> None:
 
 
 async def _serve_on(listener: socket.socket, etcd: EtcdClient, config: Config) -> None:
+    world = World()
+    leadership = Leadership(
+        etcd,
+        name=f"{socket.gethostname()}:{listener.getsockname()[1]}, process {os.getpid()}",
+        ttl_seconds=config.leader_ttl_seconds,
+        fit=lambda: world.live,
+    )
     control = Control(
         store=Store(etcd),
         heartbeats=Heartbeats(etcd, ttl_seconds=config.heartbeat_ttl_seconds),
-        world=World(),
+        world=world,
         metrics=Metrics(),
+        leads=leadership.leads,
     )
     loop = Loop(
         control,
         etcd,
+        leadership,
         interval_seconds=config.planner_interval_seconds,
         events_kept=config.events_kept,
     )
-    server = _Server(_server_config(control), control.world.signals)
+    server = _Server(_server_config(control), world.signals, leadership)
     following = asyncio.create_task(loop.run(), name="loop")
     following.add_done_callback(lambda _: server.stop())
     try:

@@ -15,6 +15,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from holdfast_lab.errors import LabError, LabRefused, LabTimedOut
+from holdfast_lab.faults import FROZEN_SECONDS
 from holdfast_lab.lab import Lab
 from holdfast_lab.services import COMPONENTS
 from holdfast_lab.state import lab_names
@@ -47,13 +48,17 @@ app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Option("--name", "-n", help="Which lab; several may be up.")]
-Target = Annotated[list[str], typer.Argument(help="A service: `agent h1`, `controller` or `etcd`.")]
+Target = Annotated[
+    list[str], typer.Argument(help="A service: `agent h1`, `controller`, `etcd`, `etcd 2`.")
+]
 
 
 @app.command()
 def up(
     *,
     hosts: Annotated[int, typer.Option(help="How many; they are called h1, h2, ...")] = 3,
+    controllers: Annotated[int, typer.Option(help="Replicas: controller 1, ...")] = 1,
+    etcd: Annotated[int, typer.Option(help="Members: etcd 1, ...")] = 1,
     name: Name = "lab",
     components: Annotated[
         str, typer.Option(help="What to start besides the network, by commas.")
@@ -70,6 +75,8 @@ def up(
     lab = Lab.up(
         hosts,
         name,
+        controllers=controllers,
+        etcd=etcd,
         components=[word for word in components.split(",") if word],
         accelerator=accelerator,
         memory_total_bytes=parse_memory_mb(host_memory) << 20 if host_memory else None,
@@ -77,8 +84,9 @@ def up(
         say=lambda step: console.print(f"  {step}", highlight=False),
     )
     console.print(f"Lab {name} is up: {', '.join(lab.state.hosts)}.", highlight=False)
-    if lab.state.port:
-        console.print(f"Its controller answers at {lab.url} (`holdfast lab env`).", highlight=False)
+    if lab.urls:
+        where = ", ".join(lab.urls)
+        console.print(f"Its controller answers at {where} (`holdfast lab env`).", highlight=False)
 
 
 @app.command()
@@ -156,10 +164,31 @@ def kill(
 
 
 @app.command()
-def revive(host: str, name: Name = "lab") -> None:
+def revive(
+    target: Annotated[list[str], typer.Argument(help="A killed host, or a killed service.")],
+    name: Name = "lab",
+) -> None:
     """Give a killed host its power back: network and agent; its state folder was kept."""
-    Lab.attach(name).revive(host)
-    console.print(f"{host} is back.", highlight=False)
+    Lab.attach(name).revive(" ".join(target))
+    console.print(f"{' '.join(target)} is back.", highlight=False)
+
+
+@app.command()
+def freeze(
+    target: Annotated[list[str], typer.Argument(help="A service, or `vm NAME on HOST`.")],
+    seconds: Annotated[float, typer.Option(help="Thawed by itself after so long.")] = (
+        FROZEN_SECONDS
+    ),
+    name: Name = "lab",
+) -> None:
+    """Stop a process where it is (SIGSTOP)."""
+    Lab.attach(name).freeze(" ".join(target), seconds=seconds)
+
+
+@app.command()
+def thaw(target: Target, name: Name = "lab") -> None:
+    """Let what was frozen run again."""
+    Lab.attach(name).thaw(" ".join(target))
 
 
 @app.command()
@@ -169,7 +198,7 @@ def cut(
     one_way: Annotated[bool, typer.Option(help="Only from first to second.")] = False,
     name: Name = "lab",
 ) -> None:
-    """Let all that two parties (hosts, `control`, `client`) send to each other vanish."""
+    """Let all that two parties (h1, etcd-1, `control`, `client`) send to each other vanish."""
     Lab.attach(name).cut(first, second, one_way=one_way)
     console.print(f"{first} {'-/->' if one_way else '<-/->'} {second}", highlight=False)
 
@@ -208,7 +237,7 @@ def restart(target: Target, name: Name = "lab") -> None:
 def env(name: Name = "lab") -> None:
     """Print what a shell needs to talk to this lab: `eval "$(holdfast lab env)"`."""
     lab = Lab.attach(name)
-    typer.echo(f"export HOLDFAST_URL={lab.url}")
+    typer.echo(f"export HOLDFAST_URL={','.join(lab.urls) or lab.url}")
     typer.echo(f"export HOLDFAST_LAB={name}")
 
 
@@ -263,8 +292,8 @@ def _print_status(facts: dict[str, Any]) -> None:
     console.print(f"running: {', '.join(running) or 'no service'}", highlight=False)
     for pair in facts["cuts"]:
         console.print(f"cut: {pair['from']} to {pair['to']}", highlight=False)
-    if facts["url"]:
-        console.print(f"controller: {facts['url']}", highlight=False)
+    for url in facts["urls"]:
+        console.print(f"controller: {url}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A lab: several hosts on this machine, each in a namespace of its own. Start reading here.
 
-Needs root; starts etcd, a controller, an agent for each host, and QEMUs; see `network` for what
-connects them and `state` for what is remembered.
+Needs root; starts etcd and controllers (`control_plane`), an agent for each host, and QEMUs; see
+`network` for what connects them and `state` for what is remembered.
 
 Everything a lab makes lies in its namespaces and in /run/holdfast-lab/NAME, and every process it
 starts runs in one of those namespaces. So taking it down needs no memory of what was done: end
@@ -10,46 +10,38 @@ whose maker crashed; one with an owner (a test's) is removed by the next lab tha
 """
 
 import contextlib
-import shutil
 import socket
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from holdfast_lab import namespaces, probes, processes, services, vm
+from holdfast_lab import control_plane, namespaces, probes, processes, services, vm
 from holdfast_lab.clients import REDIS_PORT, RedisConnection
-from holdfast_lab.errors import LabError, LabRefused, LabTimedOut
+from holdfast_lab.errors import LabRefused
+from holdfast_lab.faults import THAW, Faults
 from holdfast_lab.guest import ensure_image
-from holdfast_lab.network import CLIENT, CONTROL, HOSTS_MAX, Network, party_address
-from holdfast_lab.processes import Process
+from holdfast_lab.network import CLIENT, HOSTS_MAX, Network
+from holdfast_lab.running import Say
 from holdfast_lab.services import COMPONENTS
 from holdfast_lab.state import Folder, LabState, VmState, lab_names, lock
+from holdfast_lab.status import status_of
 
 Result = TypeVar("Result")
-Say = Callable[[str], None]
 
 ETCD_DEADLINE_SECONDS = 30.0
 CONTROLLER_DEADLINE_SECONDS = 60.0
-HOSTS_DEADLINE_SECONDS = 60.0
 BOOT_DEADLINE_SECONDS = 90.0
 TAP_DEADLINE_SECONDS = 10.0
-POLL_SECONDS = 0.05
-GRACE_SECONDS = 10.0
-LOG_TAIL_LINES = 15
 POWER_OFF_PORT = 9
 """Of a guest: a connection powers it off; see `guest_files/init`."""
 
 
-class Lab:
-    """A lab that is up. As a context manager it takes the lab down at the end."""
+class Lab(Faults):
+    """A lab that is up. Made by `up` or `attach`; as a context manager it goes down at the end.
 
-    def __init__(self, folder: Folder, say: Say = lambda _: None) -> None:
-        """Use `up` or `attach` instead."""
-        self.folder = folder
-        self.network = Network(folder.name)
-        self._say = say
+    What can be done with its services is in `Running`, what can be broken in `Faults`.
+    """
 
     # --- coming up, going down ---------------------------------------------------------------
 
@@ -59,6 +51,8 @@ class Lab:
         hosts: int = 3,
         name: str = "lab",
         *,
+        controllers: int = 1,
+        etcd: int = 1,
         components: Sequence[str] = COMPONENTS,
         accelerator: str = "tcg",
         memory_total_bytes: int | None = None,
@@ -67,7 +61,8 @@ class Lab:
     ) -> Self:
         """Make a lab, in the place of one with the same name, and wait until it works.
 
-        An `owned` lab ends with the calling process, at the latest when another comes up. Leaves
+        `controllers`, `etcd`: how many replicas, how many members; several have a machine each. An
+        `owned` lab ends with the calling process, at the latest when another comes up. Leaves
         nothing behind when it fails: raises LabRefused for what cannot be, LabTimedOut (with the
         end of the log) when a service does not come up.
         """
@@ -75,6 +70,8 @@ class Lab:
         if not 1 <= hosts <= HOSTS_MAX:
             raise LabRefused(f"a lab has 1 to {HOSTS_MAX} hosts, not {hosts}")
         services.check_components(tuple(components))
+        replicas = {control_plane.ETCD: etcd, control_plane.CONTROLLER: controllers}
+        control_plane.check_counts(replicas)
         cls.remove_orphans()
         cls.remove(name)
         state = LabState(
@@ -84,6 +81,7 @@ class Lab:
             memory_total_bytes=memory_total_bytes,
             owner=processes.this_process() if owned else None,
             hosts={f"h{number}": True for number in range(1, hosts + 1)},
+            replicas=replicas,
         )
         lab = cls(folder, say)
         try:
@@ -110,13 +108,17 @@ class Lab:
             state = Folder(name).read()
         except LabRefused:
             return False
-        return state.complete and all(map(processes.is_alive, state.processes.values()))
+        return state.complete and all(
+            processes.is_alive(process)
+            for name, process in state.processes.items()
+            if not name.startswith(THAW)
+        )
 
     @classmethod
     def remove(cls, name: str) -> None:
         """Remove whatever there is of a lab, however it was left. Idempotent."""
         folder = Folder(name)
-        recorded: list[Process] = []
+        recorded: list[processes.Process] = []
         with contextlib.suppress(LabRefused):
             recorded = list(folder.read().processes.values())
         Network(name).remove()
@@ -155,58 +157,53 @@ class Lab:
     def _bring_up(self, state: LabState) -> None:
         self._say(f"network: a switch, {', '.join(state.hosts)}")
         self.network.create_switch()
-        for party in (CONTROL, CLIENT, *state.hosts):
+        for party in (*control_plane.parties(state), *state.hosts):
             self.network.attach(party)
-        if "etcd" in state.components:
-            self._say("etcd")
-            control = self.network.namespace(CONTROL)
-            self.start("etcd")
-            self._wait("etcd", ETCD_DEADLINE_SECONDS, lambda: probes.etcd_answers(control))
-        if "controller" in state.components:
-            self._say("controller")
-            self._start_forwarder()
-            self.start("controller")
-            self._wait(
-                "controller",
-                CONTROLLER_DEADLINE_SECONDS,
-                lambda: probes.controller_is_ready(self.url),
-            )
+        members = control_plane.names_of(state, control_plane.ETCD)
+        for name in members:
+            self._say(name)
+            self.start(name)
+        for name in members:  # none of several answers before most of them run
+            inside = self.network.namespace(control_plane.party_of(name))
+            self._wait(name, ETCD_DEADLINE_SECONDS, partial(probes.etcd_answers, inside))
+        names = control_plane.names_of(state, control_plane.CONTROLLER)
+        for name in names:
+            self._say(name)
+            self._start_forwarder(name)
+            self.start(name)
+        for name, url in zip(names, self.urls, strict=True):
+            answers = partial(probes.controller_is_ready, url)
+            self._wait(name, CONTROLLER_DEADLINE_SECONDS, answers)
         if "agents" in state.components:
             self._say("agents")
             for host in state.hosts:
                 self.start(f"agent {host}")
-            if "controller" in state.components:
+            if names:
                 self.wait_for_hosts(*state.hosts)
         with self.folder.change() as changed:
             changed.complete = True
 
-    def _start_forwarder(self) -> None:
+    def _start_forwarder(self, controller: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            target = services.controller_url().removeprefix("http://")
             process = processes.spawn(
-                services.forwarder_argv(target),
-                log=self.folder.log("forwarder"),
+                services.forwarder_argv(services.controller_target(controller)),
+                log=self.folder.log(f"forwarder {controller}"),
                 namespace=self.network.namespace(CLIENT),
                 inherit=[listening.fileno()],
             )
             with self.folder.change() as state:
-                state.processes["forwarder"] = process
-                state.port = listening.getsockname()[1]
+                state.processes[f"forwarder {controller}"] = process
+                state.ports = (*state.ports, listening.getsockname()[1])
 
     # --- what a client needs -----------------------------------------------------------------
 
     @property
-    def state(self) -> LabState:
-        """What is recorded of the lab at this moment."""
-        return self.folder.read()
-
-    @property
     def url(self) -> str:
-        """Where the controller answers, seen from outside the lab."""
-        port = self.state.port
-        if not port:
+        """Where the controller answers, or the first of several, seen from outside the lab."""
+        urls = self.urls
+        if not urls:
             raise LabRefused(f"lab {self.folder.name} was made without a controller")
-        return f"http://127.0.0.1:{port}"
+        return urls[0]
 
     def powered_namespace(self, party: str) -> str:
         """Return the namespace of a party that has power. Raises LabRefused."""
@@ -301,149 +298,9 @@ class Lab:
         with self.connect(self._vm_state(name).addresses[0], POWER_OFF_PORT):
             pass
 
-    # --- failures ----------------------------------------------------------------------------
-
-    def kill(self, target: str) -> float:
-        """Let a host lose its power, or end a service without a chance to say goodbye.
-
-        A host (`h1`): nothing leaves it from this moment on, all its processes die, its interfaces
-        and its run folder vanish; its state folder stays. A service (`agent h1`, `etcd`): SIGKILL.
-        Returns when the order was given, in seconds of the monotonic clock.
-        """
-        if target not in self.state.hosts:
-            ordered_at = time.monotonic()
-            processes.end(self._service_process(target), grace_seconds=0)
-            return ordered_at
-        with self.folder.change() as state:
-            self._check_powered(state, target)
-            ordered_at = self.network.power_off(target)
-            for service in [name for name in state.processes if name.split()[-1] == target]:
-                processes.end(state.processes.pop(service), grace_seconds=0)
-            state.hosts[target] = False
-        shutil.rmtree(self.folder.run(target), ignore_errors=True)
-        return ordered_at
-
-    def revive(self, host: str) -> None:
-        """Give a host its power back: network, then agent. Cuts that were made still hold."""
-        with self.folder.change() as state:
-            self._check_party(state, host, powered=False)
-            if host not in state.hosts or state.hosts[host]:
-                raise LabRefused(f"{host} is running; only a killed host can be revived")
-            self.network.attach(host)
-            for sender, receiver in state.cuts:
-                if sender == host:
-                    self.network.cut(sender, receiver)
-            state.hosts[host] = True
-        if "agents" in state.components:
-            self.start(f"agent {host}")
-
-    def cut(self, first: str, second: str, *, one_way: bool = False) -> None:
-        """Let all that two parties send to each other vanish; `one_way`: only first to second."""
-        with self.folder.change() as state:
-            for party in (first, second):
-                self._check_party(state, party, powered=False)
-            if first == second:
-                raise LabRefused(f"a cut is between two parties, not {first} and itself")
-            pairs = [(first, second)] if one_way else [(first, second), (second, first)]
-            for pair in pairs:
-                if pair not in state.cuts:
-                    state.cuts = (*state.cuts, pair)
-                    if state.hosts.get(pair[0], True):
-                        self.network.cut(*pair)
-
-    def heal(self, first: str | None = None, second: str | None = None) -> None:
-        """Take back the cuts between two parties, both ways; without parties, all of them."""
-        with self.folder.change() as state:
-            for party in (first, second):
-                if party is not None:
-                    self._check_party(state, party, powered=False)
-            for pair in state.cuts:
-                if first is None or set(pair) == {first, second}:
-                    state.cuts = tuple(other for other in state.cuts if other != pair)
-                    if state.hosts.get(pair[0], True):
-                        self.network.heal(*pair)
-
-    # --- services ----------------------------------------------------------------------------
-
-    def start(self, service: str) -> None:
-        """Start `etcd`, `controller` or `agent hN`; does not wait for it."""
-        with self.folder.change() as state:
-            plan = services.describe(self.folder, state, service)
-            self._check_party(state, plan.party)
-            running = state.processes.get(service)
-            if running is not None and processes.is_alive(running):
-                raise LabRefused(f"{service} is running")
-            state.processes[service] = processes.spawn(
-                plan.argv,
-                log=self.folder.log(service),
-                namespace=self.network.namespace(plan.party),
-            )
-
-    def stop(self, service: str) -> None:
-        """End a service as an administrator would: SIGTERM, and SIGKILL if it stays."""
-        processes.end(self._service_process(service), grace_seconds=GRACE_SECONDS)
-
-    def restart(self, service: str) -> None:
-        """Stop a service and start it again."""
-        self.stop(service)
-        self.start(service)
-
-    def wait_for_hosts(self, *hosts: str) -> None:
-        """Wait until the controller hears from these hosts. Raises LabTimedOut."""
-
-        def alive() -> bool:
-            return set(hosts) <= probes.hosts_alive(self.url)
-
-        for host in hosts:
-            self._wait(f"agent {host}", HOSTS_DEADLINE_SECONDS, alive)
-
-    def log(self, service: str) -> Path:
-        """Return the file with the output of a service, of `vm NAME on HOST` or a console."""
-        return self.folder.log(service)
-
     def status(self) -> dict[str, Any]:
         """Return what runs, as plain data."""
-        state = self.state
-        alive = {name: processes.is_alive(process) for name, process in state.processes.items()}
-        return {
-            "name": state.name,
-            "url": f"http://127.0.0.1:{state.port}" if state.port else None,
-            "hosts": [
-                {
-                    "host": host,
-                    "address": party_address(host),
-                    "namespace": self.network.namespace(host),
-                    "powered": powered,
-                    "agent": alive.get(f"agent {host}", False),
-                }
-                for host, powered in state.hosts.items()
-            ],
-            "services": {name: alive.get(name, False) for name in ("etcd", "controller")},
-            "vms": [
-                {
-                    "vm": known.name,
-                    "addresses": known.addresses,
-                    "started_on": known.started_on,
-                    "still_there": alive.get(f"vm {known.name} on {known.started_on}", False),
-                }
-                for known in state.vms.values()
-            ],
-            "cuts": [{"from": sender, "to": receiver} for sender, receiver in state.cuts],
-        }
-
-    # --- checks and probes -------------------------------------------------------------------
-
-    def _check_party(self, state: LabState, party: str, *, powered: bool = True) -> None:
-        parties = [*state.hosts, CONTROL, CLIENT]
-        if party not in parties:
-            raise LabRefused(f"there is no {party} in lab {state.name}: {', '.join(parties)}")
-        if powered and not state.hosts.get(party, True):
-            raise LabRefused(f"{party} has no power: `holdfast lab revive {party}` first")
-
-    def _check_powered(self, state: LabState, host: str) -> None:
-        if host not in state.hosts:
-            raise LabRefused(f"there is no host {host}: {', '.join(state.hosts)}")
-        self._check_party(state, host)
+        return status_of(self.state, self.network)
 
     def _check_vm_is_free(self, state: LabState, name: str) -> None:
         for host, powered in state.hosts.items():
@@ -456,37 +313,6 @@ class Lab:
         if name not in state.vms:
             raise LabRefused(f"lab {state.name} has no VM {name}: {', '.join(state.vms) or 'none'}")
         return state.vms[name]
-
-    def _service_process(self, service: str) -> Process:
-        state = self.state
-        if service not in state.processes or not processes.is_alive(state.processes[service]):
-            known = [*state.hosts, *services.service_names(state)]
-            raise LabRefused(f"{service} does not run; there are {', '.join(known)}")
-        return state.processes[service]
-
-    def _console(self, name: str) -> Path:
-        return self.folder.log(f"console {name}")
-
-    def _wait(self, service: str, seconds: float, probe: Callable[[], bool]) -> None:
-        """Poll until `probe` holds, as long as the service lives."""
-        deadline = time.monotonic() + seconds
-        while not probe():
-            process = self.state.processes.get(service)
-            if process is None or not processes.is_alive(process):
-                raise LabError(f"{service} ended by itself{self._tail(service)}")
-            if time.monotonic() > deadline:
-                raise LabTimedOut(
-                    f"{service} was not ready within {seconds:.0f} s{self._tail(service)}"
-                )
-            time.sleep(POLL_SECONDS)
-
-    def _tail(self, service: str) -> str:
-        """Return the end of a service's log, and of a guest's console, for a message."""
-        words = service.split()
-        logs = [self.folder.log(service)] + ([self._console(words[1])] if words[0] == "vm" else [])
-        texts = [path.read_text(errors="replace") for path in logs if path.exists()]
-        lines = [line for text in texts for line in text.splitlines()[-LOG_TAIL_LINES:]]
-        return "; its log ends:\n" + "\n".join(lines) if lines else " without a word"
 
     def _redis_answers(self, name: str) -> bool:
         seconds = probes.PROBE_DEADLINE_SECONDS

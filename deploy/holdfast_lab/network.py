@@ -5,6 +5,7 @@ Needs CAP_NET_ADMIN; calls `ip` and `tc`. Nothing is made in the machine's own n
     hf-LAB-switch   bridge br0 with one port for each party, named after it; sink0-sink1
     hf-LAB-h1, ...  bridge br0 with the host's address, port `uplink` to the switch, taps of VMs
     hf-LAB-control  `uplink` with the control plane's address
+    hf-LAB-etcd-1, hf-LAB-controller-1, ...  the same, where there are several of a kind
     hf-LAB-client   `uplink` with the test clients' address
 
 A cut is a rule at the sender's port of the switch: packets with the two parties' addresses are
@@ -30,6 +31,8 @@ CONTROL = "control"
 CLIENT = "client"
 SWITCH = "switch"
 HOSTS_MAX = 80
+REPLICAS_MAX = 5
+"""Of controllers, and of etcd's members: these have up to five."""
 NICS_MAX = 4
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,19}"
 """Of a lab. Short, because it is part of socket paths, which end at 107 characters."""
@@ -44,7 +47,15 @@ def host_address(host: str) -> str:
 
 def party_address(party: str) -> str:
     """Return the management address of any party."""
-    return {CONTROL: "10.77.0.2", CLIENT: "10.77.0.100"}.get(party) or host_address(party)
+    kind, _, number = party.partition("-")
+    match kind:
+        case "controller":
+            return f"10.77.0.{100 + int(number)}"
+        case "etcd":
+            return f"10.77.0.{110 + int(number)}"
+        case _:
+            known = {CONTROL: "10.77.0.2", CLIENT: "10.77.0.100"}
+            return known.get(party) or host_address(party)
 
 
 def guest_address(number: int, nic: int) -> str:
@@ -75,7 +86,9 @@ class Network:
 
     def existing(self) -> list[str]:
         """Return the namespaces of this lab that are there, the switch last."""
-        pattern = re.compile(rf"hf-{re.escape(self._lab)}-(h\d+|{CONTROL}|{CLIENT}|{SWITCH})")
+        pattern = re.compile(
+            rf"hf-{re.escape(self._lab)}-(h\d+|(etcd|controller)-\d|{CONTROL}|{CLIENT}|{SWITCH})"
+        )
         found = [name for name in namespaces.names() if pattern.fullmatch(name)]
         return sorted(found, key=lambda name: name.endswith(f"-{SWITCH}"))
 
@@ -102,7 +115,7 @@ class Network:
             f"link set {party} master br0 up",
         )
         namespaces.run_tool(["tc", "-n", switch, "qdisc", "add", "dev", party, "ingress"])
-        if party in (CONTROL, CLIENT):
+        if not _is_host(party):
             # Clients talk to every NIC of a guest; each is in a network of its own.
             nics = range(NICS_MAX if party == CLIENT else 1)
             last = party_address(party).split(".", 2)[2]
@@ -181,6 +194,10 @@ class Network:
             ["tc", "-n", switch, "filter", verb, "dev", port, "ingress",
              "protocol", "ip", "pref", str(preference), *words]
         )  # fmt: skip
+
+
+def _is_host(party: str) -> bool:
+    return re.fullmatch(r"h\d+", party) is not None
 
 
 def _preference(sender: str, receiver: str) -> int:

@@ -8,8 +8,9 @@ import json
 import sys
 from dataclasses import dataclass
 
+from holdfast_lab import control_plane
 from holdfast_lab.errors import LabRefused
-from holdfast_lab.network import CONTROL, party_address
+from holdfast_lab.network import party_address
 from holdfast_lab.paths import find_tool
 from holdfast_lab.state import Folder, LabState
 
@@ -18,6 +19,8 @@ CONTROLLER_PORT = 7700
 PEER_PORT = 7701
 METRICS_PORT = 7702
 ETCD_PORT = 2379
+ETCD_PEER_PORT = 2380
+LOOPBACK = "127.0.0.1"
 _MODULES = {"controller": "holdfast_controller.main", "agents": "holdfast_agent.main"}
 
 
@@ -48,10 +51,9 @@ def describe(folder: Folder, state: LabState, name: str) -> Service:
     Raises LabRefused for a service that this lab does not have.
     """
     kind, _, host = name.partition(" ")
-    if name == "etcd" and "etcd" in state.components:
-        return Service(name, CONTROL, _etcd(folder))
-    if name == "controller" and "controller" in state.components:
-        return Service(name, CONTROL, _controller(folder))
+    if name in control_plane.all_names(state):
+        argv = (_etcd if kind == control_plane.ETCD else _controller)(folder, state, name)
+        return Service(name, control_plane.party_of(name), argv)
     if kind == "agent" and host in state.hosts and "agents" in state.components:
         return Service(name, host, _agent(folder, state, host))
     raise LabRefused(f"this lab has no service {name!r}: it has {', '.join(service_names(state))}")
@@ -59,15 +61,20 @@ def describe(folder: Folder, state: LabState, name: str) -> Service:
 
 def service_names(state: LabState) -> list[str]:
     """Return the services that the user may start and stop."""
-    names: list[str] = [name for name in ("etcd", "controller") if name in state.components]
+    names = control_plane.all_names(state)
     if "agents" in state.components:
         names += [f"agent {host}" for host in state.hosts]
     return names
 
 
-def controller_url() -> str:
-    """Return where the parties of the lab find the controller."""
-    return f"http://{party_address(CONTROL)}:{CONTROLLER_PORT}"
+def address_of(name: str) -> str:
+    """Return the address of a service of the control plane."""
+    return party_address(control_plane.party_of(name))
+
+
+def controller_target(name: str) -> str:
+    """Return `address:port` where the parties of the lab find a controller."""
+    return f"{address_of(name)}:{CONTROLLER_PORT}"
 
 
 def forwarder_argv(target: str) -> list[str]:
@@ -75,32 +82,66 @@ def forwarder_argv(target: str) -> list[str]:
     return [sys.executable, "-m", "holdfast_lab.forwarder", "--to", target]
 
 
-def _etcd(folder: Folder) -> list[str]:
-    address = party_address(CONTROL)
+def _etcd(folder: Folder, state: LabState, name: str) -> list[str]:
+    address = address_of(name)
+    members = control_plane.names_of(state, control_plane.ETCD)
+    # A single one keeps the name, the folder and the peer address that labs always had.
+    peers = {member: address_of(member) for member in members} if members[1:] else {name: LOOPBACK}
+    own = _member(name)
+    peer_url = f"http://{peers[name]}:{ETCD_PEER_PORT}"
+    cluster = [f"{_member(each)}=http://{where}:{ETCD_PEER_PORT}" for each, where in peers.items()]
     return [
         find_tool("etcd"),
-        "--name=lab",
-        f"--data-dir={folder.path / 'etcd'}",
-        f"--listen-client-urls=http://{address}:{ETCD_PORT},http://127.0.0.1:{ETCD_PORT}",
+        f"--name={own}",
+        f"--data-dir={folder.path / own}",
+        f"--listen-client-urls=http://{address}:{ETCD_PORT},http://{LOOPBACK}:{ETCD_PORT}",
         f"--advertise-client-urls=http://{address}:{ETCD_PORT}",
-        "--listen-peer-urls=http://127.0.0.1:2380",
-        "--initial-advertise-peer-urls=http://127.0.0.1:2380",
-        "--initial-cluster=lab=http://127.0.0.1:2380",
+        f"--listen-peer-urls={peer_url}",
+        f"--initial-advertise-peer-urls={peer_url}",
+        f"--initial-cluster={','.join(cluster)}",
+        # A member that comes back from behind a cut must not depose the leader; default since 3.5.
+        "--pre-vote",
         "--logger=zap",
         "--log-level=warn",
     ]
 
 
-def _controller(folder: Folder) -> list[str]:
-    path = folder.path / "controller.toml"
+def _member(name: str) -> str:
+    """Return what a member is called in its cluster, and its folder."""
+    return name.replace(" ", "-")
+
+
+def _controller(folder: Folder, state: LabState, name: str) -> list[str]:
+    path = folder.path / f"{name.replace(' ', '-')}.toml"
+    members = control_plane.names_of(state, control_plane.ETCD)
+    # Each begins at another member, so that no loss of one member meets all controllers at once.
+    first = (_number(name) - 1) % len(members)
     path.write_text(
         toml(
             listen_address="0.0.0.0",  # noqa: S104 - in a namespace that only the lab reaches
             listen_port=CONTROLLER_PORT,
-            etcd_endpoints=[f"{party_address(CONTROL)}:{ETCD_PORT}"],
+            etcd_endpoints=[
+                f"{address_of(member)}:{ETCD_PORT}" for member in _rotated(members, first)
+            ],
         )
     )
     return [sys.executable, "-m", "holdfast_controller.main", "--config", str(path)]
+
+
+def _controllers_for(state: LabState, host: str) -> list[str]:
+    """Return the controllers' URLs as a host is told them: each host begins at another one."""
+    # A lab may be made for agents alone; they look for a controller that somebody else starts.
+    names = control_plane.names_of(state, control_plane.CONTROLLER) or [control_plane.CONTROLLER]
+    first = (int(host[1:]) - 1) % len(names)
+    return [f"http://{controller_target(name)}" for name in _rotated(names, first)]
+
+
+def _number(name: str) -> int:
+    return int(name.partition(" ")[2] or 1)
+
+
+def _rotated(names: list[str], first: int) -> list[str]:
+    return names[first:] + names[:first]
 
 
 def _agent(folder: Folder, state: LabState, host: str) -> list[str]:
@@ -109,7 +150,7 @@ def _agent(folder: Folder, state: LabState, host: str) -> list[str]:
         path.mkdir(parents=True, exist_ok=True)
     values: dict[str, str | int | list[str]] = {
         "host": host,
-        "controllers": [controller_url()],
+        "controllers": _controllers_for(state, host),
         "peer_listen": f"{party_address(host)}:{PEER_PORT}",
         "metrics_listen": f"127.0.0.1:{METRICS_PORT}",
         "state_dir": str(folder.disk(host)),

@@ -44,12 +44,15 @@ class LabState(BaseModel):
     hosts: dict[str, bool] = {}
     """Every host, and whether it is powered."""
     processes: dict[str, Process] = {}
-    """By service: `etcd`, `controller`, `forwarder`, `agent h1`, `vm NAME on h1`."""
+    """By service: `etcd`, `controller 2`, `forwarder controller`, `agent h1`, `vm NAME on h1`,
+    and `thaw SERVICE` for one that is frozen."""
     vms: dict[str, VmState] = {}
     cuts: tuple[tuple[str, str], ...] = ()
     """Sender and receiver."""
-    port: int = 0
-    """On the machine's own loopback; leads to the controller."""
+    replicas: dict[str, int] = {}
+    """How many there are of `etcd` and of `controller`; one of what is not named."""
+    ports: tuple[int, ...] = ()
+    """On the machine's own loopback; each leads to a controller."""
     guests_started: int = 0
     complete: bool = False
     """Coming up got to its end."""

@@ -49,6 +49,7 @@ from holdfast_controller.adapters.keys import (
 
 ATTEMPTS_MAX = 32
 """Lost races until a change gives up as undecided; each loss means that somebody else won."""
+_PROBE_KEY = f"{ROOT}probe"
 DELETES_PER_TXN = 100
 """etcd takes 128 operations in a transaction unless told otherwise."""
 
@@ -253,8 +254,17 @@ class Store:
 
         Raises Unavailable.
         """
-        result = await self._write([], [Put(f"{ROOT}probe", b"")])
+        result = await self._write([], [Put(_PROBE_KEY, b"")])
         return result.revision
+
+    async def last_probe(self) -> int:
+        """Return the revision of the newest probe of any controller, read from a majority.
+
+        Raises Unavailable.
+        """
+        with undecided_when_unavailable():
+            found = await self._etcd.get(_PROBE_KEY)
+        return 0 if found is None else found.mod_revision
 
     async def _write(self, compares: list[Compare], writes: list[Put | Delete]) -> TxnResult:
         assert (

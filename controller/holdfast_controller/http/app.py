@@ -27,6 +27,8 @@ async def readyz(control: TheControl) -> dict[str, str]:
     """Say whether this controller can decide and answer: its store does, and is followed."""
     if not control.world.live:
         raise Unavailable("store-unavailable", "the store does not answer")
+    if control.store_fault:
+        raise Unavailable("store-unavailable", control.store_fault)
     return {"status": "ready"}
 
 
@@ -34,8 +36,10 @@ async def readyz(control: TheControl) -> dict[str, str]:
 async def metrics(control: TheControl) -> Response:
     """Return the metrics in Prometheus' text format."""
     view, live = control.world.snapshot(), control.world.live
-    kept = len(control.world.events)
-    text = await asyncio.to_thread(lambda: control.metrics.exposition(view, live=live, events=kept))
+    leads, kept = control.leads(), len(control.world.events)
+    text = await asyncio.to_thread(
+        lambda: control.metrics.exposition(view, live=live, leads=leads, events=kept)
+    )
     return Response(text, media_type=CONTENT_TYPE)
 
 

@@ -120,7 +120,7 @@ def test_the_controllers_address_works_from_outside(lab: Lab) -> None:
 
     thread = threading.Thread(target=shout)
     thread.start()
-    lab._start_forwarder()
+    lab._start_forwarder("controller")
     port = int(lab.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
         client.sendall(b"hello" * 100_000)

@@ -31,7 +31,7 @@ class Cluster:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        self.client = HoldfastClient([lab.url], timeout_seconds=10)
+        self.client = HoldfastClient(lab.urls, timeout_seconds=10)
         self._clients: list[CountingClient] = []
 
     def close(self) -> None:

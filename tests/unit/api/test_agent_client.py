@@ -240,6 +240,33 @@ def test_a_claim_is_taken_to_the_next_controller(
     assert run(urls, lambda c: c.claim(CLAIM)) == LOST
 
 
+def test_a_controller_that_hangs_is_asked_last_in_the_next_round(
+    start_controller: StartController,
+) -> None:
+    stuck, able = start_controller(), start_controller()
+    stuck.on("POST", CLAIMS, HANG)
+    able.on("POST", CLAIMS, problem("store-unavailable"), good(WON))
+    assert run([stuck.url, able.url], lambda c: c.claim(CLAIM)) == WON
+    assert len(stuck.requests) == 1
+
+
+def test_a_heartbeat_does_not_wait_its_whole_time_for_a_controller_that_hangs(
+    start_controller: StartController,
+) -> None:
+    stuck, able = start_controller(), start_controller()
+    stuck.on("POST", BEAT, HANG)
+    able.on("POST", BEAT, good(ASSIGNMENTS))
+    patiences: list[float] = []
+
+    async def beat(client: AgentClient) -> None:
+        note_patience(client, patiences)
+        assert await client.heartbeat(HEARTBEAT) == ASSIGNMENTS
+
+    run([stuck.url, able.url], beat, timeout_seconds=60.0)
+    assert patiences[0] == agent_client.PATIENCE_SECONDS
+    assert patiences[1] > 50.0
+
+
 def test_a_slow_store_is_given_more_time_each_round(controller: FakeController) -> None:
     """The patience grows past any delay below its maximum: here past three rounds of it."""
     patiences: list[float] = []

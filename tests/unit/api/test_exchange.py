@@ -94,6 +94,20 @@ def test_each_controller_gets_its_share_of_what_is_left() -> None:
     assert search.next(104.0) is None
 
 
+def test_patience_is_for_those_behind_whom_another_one_waits() -> None:
+    search = Search(Controllers(URLS), deadline_seconds=9.0, patience_seconds=1.0)
+    assert search.next(0.0) == Attempt("http://a:1", 1.0)
+    assert search.next(1.0) == Attempt("http://b:2", 1.0)
+    assert search.next(2.0) == Attempt("http://c:3", 7.0)
+
+
+def test_a_long_poll_may_wait_its_time_and_be_late_by_our_patience() -> None:
+    search = Search(
+        Controllers(URLS), deadline_seconds=39.0, wait_seconds=30.0, patience_seconds=1.0
+    )
+    assert search.next(0.0) == Attempt("http://a:1", 31.0)
+
+
 def test_nobody_is_asked_after_the_deadline() -> None:
     search = Search(Controllers(URLS), deadline_seconds=109.0)
     assert search.next(109.0) is None

@@ -68,3 +68,11 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
     bad = tmp_path / "bad.toml"
     bad.write_text("listen_port = \n")
     assert "is not TOML" in faults_of(bad, {})[0]
+
+
+def test_a_leader_may_fail_to_renew_once(tmp_path: Path) -> None:
+    file = tmp_path / "controller.toml"
+    file.write_text("leader_ttl_seconds = 2\netcd_request_timeout_seconds = 1.5\n")
+    assert "leader_ttl_seconds must be 1.5 times" in faults_of(file, {})[0]
+    file.write_text("leader_ttl_seconds = 3\netcd_request_timeout_seconds = 2.0\n")
+    assert load_config(file, {}).leader_ttl_seconds == 3

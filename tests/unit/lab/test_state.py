@@ -21,20 +21,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
 
 def test_a_change_is_there_for_the_next_reader(folder: Folder) -> None:
     with folder.change() as state:
-        state.port = 7
-    assert folder.read().port == 7
+        state.ports = (7,)
+    assert folder.read().ports == (7,)
 
 
 def stop_halfway(folder: Folder) -> None:
     with folder.change() as state:
-        state.port = 7
+        state.ports = (7,)
         raise KeyError("halfway")
 
 
 def test_a_change_that_fails_halfway_leaves_the_file_as_it_was(folder: Folder) -> None:
     with pytest.raises(KeyError):
         stop_halfway(folder)
-    assert folder.read().port == 0
+    assert folder.read().ports == ()
 
 
 def test_changes_of_two_users_do_not_swallow_each_other(folder: Folder) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast_lab import network, services, vm
+from holdfast_lab import control_plane, network, services, vm
 from holdfast_lab.cli import parse_memory_mb
 from holdfast_lab.errors import LabRefused
 from holdfast_lab.guest import Image, load_order
@@ -33,6 +33,7 @@ def after(argv: list[str], option: str) -> list[str]:
 
 def test_no_two_parties_share_an_address() -> None:
     parties = [network.CONTROL, network.CLIENT]
+    parties += [f"{kind}-{n}" for kind in control_plane.KINDS for n in range(1, 6)]
     parties += [f"h{number}" for number in range(1, network.HOSTS_MAX + 1)]
     assert len({network.party_address(party) for party in parties}) == len(parties)
 
@@ -44,7 +45,7 @@ def test_no_two_nics_of_guests_share_an_address_or_a_mac() -> None:
 
 
 def test_every_direction_of_every_cut_has_a_rule_of_its_own() -> None:
-    parties = [network.CONTROL, network.CLIENT, "h1", "h2", "h80"]
+    parties = [network.CONTROL, network.CLIENT, "etcd-1", "controller-5", "h1", "h2", "h80"]
     pairs = list(itertools.permutations(parties, 2))
     preferences = {network._preference(*pair) for pair in pairs}
     assert len(preferences) == len(pairs)
@@ -119,6 +120,68 @@ def test_an_unknown_service_is_refused_with_those_there_are() -> None:
         services.describe(Folder("x"), state, "agent h2")
     with pytest.raises(LabRefused, match="agent h1"):
         services.describe(Folder("x"), state, "etcd")
+
+
+def replicated(controllers: int, etcd: int) -> LabState:
+    return LabState(
+        name="x",
+        components=services.COMPONENTS,
+        accelerator="tcg",
+        hosts={"h1": True, "h2": True},
+        replicas={"controller": controllers, "etcd": etcd},
+    )
+
+
+def test_one_of_a_kind_keeps_its_plain_name_and_place() -> None:
+    state = replicated(1, 1)
+    assert control_plane.all_names(state) == ["etcd", "controller"]
+    assert control_plane.parties(state) == ["control", "client"]
+    assert control_plane.canonical(state, "etcd 1") == "etcd"
+    assert control_plane.parties_named(state, "etcd") == ["control"]
+    old = LabState(name="x", components=services.COMPONENTS, accelerator="tcg")
+    assert control_plane.all_names(old) == ["etcd", "controller"]
+
+
+def test_several_of_a_kind_have_numbers_and_a_place_each() -> None:
+    state = replicated(2, 3)
+    assert control_plane.all_names(state) == [
+        "etcd 1",
+        "etcd 2",
+        "etcd 3",
+        "controller 1",
+        "controller 2",
+    ]
+    assert control_plane.canonical(state, "etcd-2") == "etcd 2"
+    assert control_plane.canonical(state, "agent h1") == "agent h1"
+    assert control_plane.parties_named(state, "controller 2") == ["controller-2"]
+    assert control_plane.parties_named(state, "etcd-9") == ["etcd-9"]
+    whole = ["control", "etcd-1", "etcd-2", "etcd-3", "controller-1", "controller-2"]
+    assert control_plane.parties_named(state, "control") == whole
+    with pytest.raises(LabRefused, match=r"etcd 1, etcd 2, etcd 3, controller 1"):
+        services.describe(Folder("x"), state, "etcd")
+
+
+@pytest.mark.parametrize("count", [0, 6])
+def test_a_number_of_replicas_that_cannot_be_is_refused(count: int) -> None:
+    with pytest.raises(LabRefused, match="1 to 5 of etcd"):
+        control_plane.check_counts({"etcd": count, "controller": 1})
+
+
+def test_everyone_is_told_all_replicas_and_begins_at_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, state = Folder("x"), replicated(3, 3)
+    monkeypatch.setattr(folder, "path", tmp_path)
+    told = {}
+    for name in ("controller 1", "controller 2", "agent h1", "agent h2"):
+        path = Path(services.describe(folder, state, name).argv[-1])
+        told[name] = tomllib.loads(path.read_text())
+    members = [f"10.77.0.{last}:2379" for last in (111, 112, 113)]
+    assert told["controller 1"]["etcd_endpoints"] == members
+    assert told["controller 2"]["etcd_endpoints"] == [members[1], members[2], members[0]]
+    controllers = [f"http://10.77.0.{last}:7700" for last in (101, 102, 103)]
+    assert told["agent h1"]["controllers"] == controllers
+    assert told["agent h2"]["controllers"] == [controllers[1], controllers[2], controllers[0]]
 
 
 def test_components_that_do_not_fit_together_are_refused() -> None:
