@@ -132,6 +132,7 @@ async def report_event(report: EventReport, control: TheControl) -> Event:
     )
     event = await control.store.add_event(draft)
     assert event is not None, "the name was chosen at random"
+    await control.world.reached(event.position)
     control.metrics.agent_events.inc()
     return event
 
