@@ -46,12 +46,14 @@ async def run_agent(config: AgentConfig) -> None:
         listener = PeerListener(config.peer_listen, supervisor.backup_link)
 
         async def make_heartbeat() -> Heartbeat:
+            position = outbox.position  # before we look: what we see is later than that
             await finder.look(supervisor.busy_vms())
             return Heartbeat(
                 facts=await asyncio.to_thread(probe.look),
                 vms=finder.all_facts(),
                 workers=supervisor.reports(),
                 holdings=supervisor.holdings(),
+                position=position,
             )
 
         metrics = serve_metrics(

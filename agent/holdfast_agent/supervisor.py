@@ -11,10 +11,12 @@ from the ledger what must be done:
 | ordered role, phase     | no worker lives                                                   |
 |-------------------------|-------------------------------------------------------------------|
 | none                    | destroy what the ledger says is held                              |
-| backup                  | start a backup worker, once in a generation                       |
+| backup                  | start a backup worker, once in a generation; if that died:        |
+|                         | destroy what it left, which nobody can promote any more           |
 | primary, seeding        | start a primary worker, once in a generation; again: report failed |
 | primary, protected      | the worker died: start one that claims, then goes on or destroys  |
-| primary, unprotected    | if the last one died: start one that takes plugs out              |
+| primary, unprotected    | if the last one died: start one that takes plugs out, and finds   |
+|                         | out whether a standby that won was ever brought to life           |
 | primary, releasing      | the same, then report released                                    |
 | primary, ended, retired | let go of a QEMU that is shut down; forget the holding            |
 """
@@ -53,6 +55,9 @@ from holdfast_api.words import EventKind, Generation, Phase, Role, VmId
 
 LOGGER = logging.getLogger(__name__)
 WORKER_START_SECONDS = 20.0
+ADOPTION_SECONDS = 5.0
+ADOPTION_AGAIN_SECONDS = 0.5
+"""All other orders of this host wait for it."""
 LOG_LIMIT_BYTES = 4 << 20
 
 
@@ -112,15 +117,36 @@ class Supervisor:
         """Find the workers an earlier agent left running; remove the sockets of dead ones."""
         self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in sorted(self._run.glob("*.sock")):
-            try:
-                link = await WorkerLink.connect(path, 5.0)
-            except WorkerUnreachable as error:
-                LOGGER.info("no worker behind %s", error)
-                if error.is_dead:
-                    path.unlink(missing_ok=True)
-                continue
-            LOGGER.info("adopted the worker of %s", link.introduction.vm)
-            self._attach(link)
+            await self._adopt_at(path, ADOPTION_SECONDS)
+
+    async def _adopt_at(self, path: Path, seconds: float) -> bool:
+        """Connect to the worker at `path`; return False if one may live there and is silent."""
+        try:
+            link = await WorkerLink.connect(path, seconds)
+        except WorkerUnreachable as error:
+            LOGGER.info("no worker behind %s", error)
+            if error.is_dead:
+                _remove(path)
+            return error.is_dead
+        LOGGER.info("adopted the worker of %s", link.introduction.vm)
+        self._attach(link)
+        return True
+
+    async def _adopt_later(self, assignment: Assignment) -> bool:
+        """Try again what was silent when we looked last; return False if it is still.
+
+        A worker that was stopped for a while may be the only one that can go on with its VM.
+        """
+        if assignment.role is Role.NONE:
+            return True  # what is held is destroyed, whoever lives
+        stem = f"{assignment.vm}."
+        answered = True
+        for path in sorted(self._run.glob(f"{stem}*.sock")):
+            generation = path.name.removeprefix(stem).removesuffix(".sock")
+            is_newest = generation == str(assignment.generation)
+            if generation.isdigit() and (is_newest or assignment.role is Role.PRIMARY):
+                answered &= await self._adopt_at(path, ADOPTION_AGAIN_SECONDS)
+        return answered
 
     async def close(self) -> None:
         """Hang up on all workers; they go on."""
@@ -155,6 +181,9 @@ class Supervisor:
 
     async def _carry_out(self, assignment: Assignment) -> None:
         vm = assignment.vm
+        if vm not in self._links and not await self._adopt_later(assignment):
+            LOGGER.warning("a worker of %s may live and does not answer", vm)
+            return
         link = self._links.get(vm)
         if link is not None:
             if self._orders.get(vm) != assignment:
@@ -169,6 +198,8 @@ class Supervisor:
             if entry.worker_generation < assignment.generation:
                 await self._destroy(entry, "left by an earlier generation")
                 await self._start(assignment, "protect")
+            else:
+                await self._destroy(entry, "its worker died, and none follows in a generation")
         else:
             await self._carry_out_primary(assignment, entry)
 
@@ -190,21 +221,22 @@ class Supervisor:
         elif phase is Phase.PROTECTED and alive:
             await self._start(assignment, "recover")
         elif phase in (Phase.UNPROTECTED, Phase.RELEASING):
-            if alive and entry.is_plugged:
+            if alive and (entry.is_plugged or entry.is_standby):
                 await self._start(assignment, "clean")
             elif phase is Phase.RELEASING:
                 self._outbox.released(vm, assignment.generation)
 
     def _hold_if_found(self, entry: LedgerEntry) -> LedgerEntry:
         """Note the QEMU that runs here for a VM we are the primary of."""
-        if entry.role is Role.PRIMARY and is_alive(entry.qemu_pid, entry.qemu_start_ticks):
+        if entry.role is not Role.NONE and is_alive(entry.qemu_pid, entry.qemu_start_ticks):
             return entry
         facts = self._finder.facts_of(entry.vm)
-        if facts is None or entry.role is Role.BACKUP:
+        if facts is None:
             return entry
         return self._ledger.update(
             entry.vm,
             role=Role.PRIMARY,
+            is_standby=False,
             qemu_pid=facts.pid,
             qemu_start_ticks=facts.start_ticks,
         )
@@ -337,7 +369,7 @@ class Supervisor:
             case Finished():
                 LOGGER.info("worker of %s finished: %s", vm, message.outcome)
                 if message.vm_lives:
-                    self._ledger.update(vm, is_plugged=False)
+                    self._ledger.update(vm, is_plugged=False, is_standby=False)
                 else:  # what a worker calls gone must be gone (INV-6)
                     entry = self._ledger.entry(vm)
                     await asyncio.to_thread(kill_and_wait, entry.qemu_pid, entry.qemu_start_ticks)
@@ -353,6 +385,7 @@ class Supervisor:
             self._ledger.update(
                 introduction.vm,
                 role=role,
+                is_standby=introduction.role is Role.BACKUP,
                 qemu_pid=introduction.qemu_pid,
                 qemu_start_ticks=introduction.qemu_start_ticks,
             )
@@ -382,18 +415,30 @@ class Supervisor:
         if verdict.record is not None:  # without one nothing is decided; the worker asks again
             self._verdicts = {claim.claim: verdict, **dict(list(self._verdicts.items())[:63])}
         LOGGER.warning("claim of %s: %s", claim.vm, verdict.explanation)
-        if verdict.won and verdict.record is not None:
-            self._ledger.update(
-                claim.vm,
-                generation=max(verdict.record.generation, self._ledger.entry(claim.vm).generation),
-                content=f"{Role.PRIMARY}:None",
-                role=Role.PRIMARY,
-            )
+        self._note_win(claim, verdict)
         link = self._links.get(claim.vm)
         if link is not None:
             await link.send(Decided(claim=claim.claim, verdict=verdict))
+
+    def _note_win(self, claim: Claim, verdict: ClaimVerdict) -> None:
+        """Write down that this host goes on, as of the generation that it won.
+
+        The record may have gone on since: what it orders now must not look like a contradiction
+        when it comes.
+        """
+        record = verdict.record
+        if not verdict.won or record is None or record.role_of(claim.host) is not Role.PRIMARY:
+            return
+        changes: dict[str, object] = {"role": Role.PRIMARY}
+        if self._ledger.entry(claim.vm).generation <= claim.generation:
+            changes |= {"generation": claim.generation + 1, "content": f"{Role.PRIMARY}:None"}
+        self._ledger.update(claim.vm, **changes)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)

@@ -34,6 +34,7 @@ from holdfast_agent.host.worker_messages import WantSeedingFailed
 from holdfast_agent.hypervisor.holding import argv_of
 from holdfast_agent.hypervisor.machine import QemuMachine
 from holdfast_agent.hypervisor.preflight import Examination, examine
+from holdfast_agent.hypervisor.saving import status_of
 from holdfast_agent.memory import TRACKERS, GuestMemory, choose_tracker, zero_pages
 from holdfast_agent.network.filter_plug import FilterPlug, UnbufferedPlug
 from holdfast_agent.network.output_signal import SilentSignal
@@ -140,6 +141,8 @@ def _attach(order: WorkerOrder, channel: AgentChannel, *, keeps_closed: bool = F
     with contextlib.ExitStack() as stack:
         machine = QemuMachine.attach(order.qmp_socket)
         stack.callback(machine.close)
+        if status_of(machine.qmp) == "inmigrate":
+            raise VirtualMachineGone("it is a standby that was never brought to life")
         found = examine(machine.qmp, machine.pid, argv_of(machine.pid))
         channel.introduce(introduction(order, found))
         blocking = [issue for issue in found.issues if issue.severity is Severity.BLOCKING]

@@ -117,6 +117,10 @@ class Heartbeat(Model):
     """Every QEMU the agent sees that runs (or ran) a guest; standbys are not VMs yet."""
     workers: tuple[WorkerReport, ...] = ()
     holdings: tuple[Holding, ...] = ()
+    position: int = Field(default=0, ge=0)
+    """The newest `Assignments.position` that a heartbeat's answer had brought when the host began
+    to look at itself. A heartbeat may arrive late, after newer ones: what it says counts as later
+    than the orders up to here, and than no others."""
 
 
 class Assignment(Model):

@@ -266,9 +266,12 @@ def _hosts_of(known: ProtectionView | None) -> tuple[HostId, ...]:
 
 
 def heartbeat_view(heartbeat: Heartbeat, revision: int) -> HeartbeatView:
-    """Return what the planner sees of a heartbeat."""
+    """Return what the planner sees of a heartbeat that was written at `revision`.
+
+    It may have been under way for long: it is no later evidence than its host can have known.
+    """
     return HeartbeatView(
-        revision=revision,
+        revision=min(revision, heartbeat.position + 1),
         facts=heartbeat.facts,
         vms={facts.vm: facts for facts in heartbeat.vms},
         workers={report.vm: report for report in heartbeat.workers},

@@ -11,6 +11,10 @@ BACKUP_DRIVER = "agent/holdfast_agent/checkpoint/backup.py"
 PREFLIGHT = "agent/holdfast_agent/hypervisor/preflight.py"
 TRANSITIONS = "api/holdfast_api/transitions.py"
 EXCHANGE = "api/holdfast_api/exchange.py"
+SUPERVISOR = "agent/holdfast_agent/supervisor.py"
+WORLD = "controller/holdfast_controller/world.py"
+CLAIMS = "controller/holdfast_controller/claims.py"
+STORE = "controller/holdfast_controller/adapters/store.py"
 
 PROTECTION = "tests/property/protection/test_two_machines_and_an_arbiter.py"
 NAMED = "tests/property/protection/test_what_follows_by_name.py"
@@ -20,6 +24,8 @@ FRAMES_AND_PAGES = "tests/property/agent_core"
 FRAMES_AND_PAGES_STEPS = "tests/unit/agent_core"
 ANSWERS = "tests/unit/api"
 DISKS = "tests/unit/hypervisor/test_preflight.py"
+SIMULATION = "tests/simulation"
+"""Not asked through pytest but as `python -m tests.simulation`, from seed 0 on."""
 
 
 @dataclass(frozen=True)
@@ -307,4 +313,72 @@ OTHER_MUTANTS = (
     ),
 )
 
-MUTANTS = PRIMARY_MUTANTS + BACKUP_MUTANTS + ARBITER_MUTANTS + OTHER_MUTANTS
+WHOLE_MUTANTS = (
+    Mutant(
+        "an epoch is released when it was captured",
+        "INV-2",
+        EPOCH,
+        "return [Capture(self.captured, final)]",
+        "return [Capture(self.captured, final), ReleaseOutput(self.captured)]",
+        (PROTECTION, SCENARIOS, SIMULATION),
+    ),
+    Mutant(
+        "a backup's worker follows another one in its generation",
+        "INV-3",
+        SUPERVISOR,
+        "            if entry.worker_generation < assignment.generation:\n"
+        '                await self._destroy(entry, "left',
+        '            if True:\n                await self._destroy(entry, "left',
+        (SIMULATION,),
+    ),
+    Mutant(
+        "a claim that has not lost yet has lost",
+        "INV-5",
+        CLAIMS,
+        "if isinstance(outcome, Refusal) and _is_decided(record, claim):",
+        "if isinstance(outcome, Refusal):",
+        (SIMULATION,),
+    ),
+    Mutant(
+        "a claim that was won already is not recognised",
+        "INV-5",
+        TRANSITIONS,
+        "    if record.claimed == stamp:\n",
+        "    if False:\n",
+        (TABLE, SIMULATION),
+    ),
+    Mutant(
+        "a write that was overtaken counts as written",
+        "INV-4",
+        STORE,
+        "            if result.succeeded:\n                return Changed(outcome",
+        "            if True:\n                return Changed(outcome",
+        (SIMULATION,),
+    ),
+    Mutant(
+        "a host without a role keeps what it holds",
+        "INV-6",
+        SUPERVISOR,
+        'await self._destroy(entry, "another host goes on with this VM")',
+        "pass",
+        (SIMULATION,),
+    ),
+    Mutant(
+        "an old heartbeat is new evidence of loss",
+        "INV-6",
+        WORLD,
+        "revision=min(revision, heartbeat.position + 1),",
+        "revision=revision,",
+        (SIMULATION,),
+    ),
+    Mutant(
+        "a win that is learned late contradicts the orders",
+        "INV-6",
+        SUPERVISOR,
+        '{"generation": claim.generation + 1, "content"',
+        '{"generation": record.generation, "content"',
+        (SIMULATION,),
+    ),
+)
+
+MUTANTS = PRIMARY_MUTANTS + BACKUP_MUTANTS + ARBITER_MUTANTS + OTHER_MUTANTS + WHOLE_MUTANTS

@@ -1,10 +1,11 @@
 """Break the code on purpose, one line at a time: every mutant must be killed by its tests.
 
-    python tests/mutation/run.py [WORD] [--seed N] [--every-suite]
+    python tests/mutation/run.py [WORD] [--seed N] [--every-suite | --simulation]
 
 Runs the mutants whose name, rule or file contains WORD, two at a time, each in a copy of the tree
 in a temporary folder; the tree itself is never written to. The suites of a mutant are asked in
-turn until one fails; with `--every-suite` each is asked. On unbroken code they must all pass.
+turn until one fails; with `--every-suite` each is asked. With `--simulation` nothing is asked but
+the simulator, which says the first seed that catches the mutant. On unbroken code all must pass.
 Exits 1 if a mutant lives, no longer applies or is not decided by its deadline. Ctrl-C ends
 all tests and removes the copies.
 """
@@ -30,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.mutation.mutants import MUTANTS, Mutant  # noqa: E402 - the folder is found from here on
+from tests.mutation.mutants import MUTANTS, SIMULATION, Mutant  # noqa: E402 - found from here on
 
 ROOMS = ("api", "controller", "agent", "deploy")
 COPIES = 2
@@ -38,6 +39,11 @@ SECONDS_MAX = 180.0
 """For one mutant and all its suites; unbroken code takes a quarter of it when the machine is idle.
 Unbroken code itself, which is asked all suites there are, has as long for each of them."""
 
+SIMULATION_SECONDS_MAX = 900.0
+SIMULATION_SEEDS = 120
+SIMULATION_STEPS = 2500
+
+CAUGHT = re.compile(r"^(seed \d+) BROKEN: (.*)$", re.MULTILINE)
 FAILED = re.compile(r"^FAILED (\S+?)(?: - (.*))?$", re.MULTILINE)
 
 
@@ -64,10 +70,7 @@ class Tests:
 
     def run(self, tree: Path, suite: str, seconds: float) -> Verdict:
         """Return `passes`, `killed`, `TIMEOUT` or `BROKEN` for one suite."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
-        command += ["-p", "tests.mutation.first_failure", suite]
-        if self._seed is not None:
-            command.append(f"--hypothesis-seed={self._seed}")
+        command = _simulation() if suite == SIMULATION else self._pytest(suite)
         paths = os.pathsep.join(str(tree / room) for room in (*ROOMS, "."))
         with self._lock:
             if self._is_stopped:
@@ -91,6 +94,13 @@ class Tests:
             self._end(process)
         return _read(suite, process.returncode, output)
 
+    def _pytest(self, suite: str) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider"]
+        command += ["-p", "tests.mutation.first_failure", suite]
+        if self._seed is not None:
+            command.append(f"--hypothesis-seed={self._seed}")
+        return command
+
     def stop(self) -> None:
         """End what runs and start nothing more."""
         with self._lock:
@@ -105,6 +115,13 @@ class Tests:
             self._running.discard(process)
 
 
+def _simulation() -> list[str]:
+    """Return the command that runs seeds until one is broken."""
+    seeds, steps = f"0:{SIMULATION_SEEDS}", str(SIMULATION_STEPS)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.simulation"]
+    return [*command, "--seeds", seeds, "--steps", steps, "--stop"]
+
+
 def _kill_group(process: "subprocess.Popen[str]") -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -114,7 +131,7 @@ def _read(suite: str, code: int, output: str) -> Verdict:
     """Only a test that failed kills; a suite that can not even be collected says nothing."""
     if code == 0:
         return Verdict("passes")
-    failed = FAILED.search(output)
+    failed = CAUGHT.search(output) if suite == SIMULATION else FAILED.search(output)
     if code == 1 and failed is not None:
         return Verdict("killed", (f"{failed[1]}: {failed[2] or 'failed'}",))
     return Verdict("BROKEN", (f"{suite}: exit code {code}\n{output[-2000:]}",))
@@ -138,7 +155,13 @@ def _ask(
     return Verdict(word, tuple(reason for verdict in verdicts for reason in verdict.reasons))
 
 
-def judge(tests: Tests, mutant: Mutant, tree: Path, *, every: bool) -> Verdict:
+def _seconds(suites: tuple[str, ...]) -> float:
+    return SIMULATION_SECONDS_MAX if SIMULATION in suites else SECONDS_MAX
+
+
+def judge(
+    tests: Tests, mutant: Mutant, suites: tuple[str, ...], tree: Path, *, every: bool
+) -> Verdict:
     """Return what becomes of one mutant; the copy is as before afterwards."""
     path = tree / mutant.file
     text = path.read_text()
@@ -146,7 +169,7 @@ def judge(tests: Tests, mutant: Mutant, tree: Path, *, every: bool) -> Verdict:
         return Verdict("GONE", (f"its text is {text.count(mutant.old)} times in {mutant.file}",))
     path.write_text(text.replace(mutant.old, mutant.new))
     try:
-        return _ask(tests, tree, mutant.suites, SECONDS_MAX, every=every)
+        return _ask(tests, tree, suites, _seconds(suites), every=every)
     finally:
         path.write_text(text)
 
@@ -175,21 +198,22 @@ def _say(rule: str, name: str, verdict: Verdict) -> None:
     sys.stdout.flush()
 
 
-def _run(tests: Tests, chosen: list[Mutant], *, every: bool) -> int:
-    suites = tuple(dict.fromkeys(suite for mutant in chosen for suite in mutant.suites))
+def _run(tests: Tests, chosen: list[Mutant], *, every: bool, only_simulation: bool) -> int:
+    asked = {m.name: (SIMULATION,) if only_simulation else m.suites for m in chosen}
+    suites = tuple(dict.fromkeys(suite for mutant in chosen for suite in asked[mutant.name]))
     with _trees() as trees, ThreadPoolExecutor(COPIES) as threads:
 
         def unbroken() -> Verdict:
             tree = trees.get()
             try:
-                return _ask(tests, tree, suites, SECONDS_MAX * len(suites), every=False)
+                return _ask(tests, tree, suites, _seconds(suites) * len(suites), every=False)
             finally:
                 trees.put(tree)
 
         def one(mutant: Mutant) -> Verdict:
             tree = trees.get()
             try:
-                return judge(tests, mutant, tree, every=every)
+                return judge(tests, mutant, asked[mutant.name], tree, every=every)
             finally:
                 trees.put(tree)
 
@@ -223,12 +247,18 @@ def main() -> int:
     parser.add_argument("word", nargs="?", default="", help="part of a name, rule or file")
     parser.add_argument("--seed", type=int, help="hypothesis' seed, to run the same again")
     parser.add_argument("--every-suite", action="store_true", help="do not stop at the first kill")
+    parser.add_argument("--simulation", action="store_true", help="ask the simulator alone")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if options.word in f"{m.name} {m.rule} {m.file}"]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        return _run(Tests(options.seed), chosen, every=options.every_suite)
+        return _run(
+            Tests(options.seed),
+            chosen,
+            every=options.every_suite,
+            only_simulation=options.simulation,
+        )
     except KeyboardInterrupt:
         sys.stdout.write("stopped; the copies are removed\n")
         return 130

@@ -163,7 +163,7 @@ class PrimaryDriver(Driver):
         dues = [self._wants.next_due_ns(), self._figures.next_report_ns, self._handover_ns]
         if self._peer is not None:
             dues.append(self._peer.next_due_ns())
-        if self._seeding is not None:
+        if self._seeding is not None and self._machine.state is PrimaryState.SEEDING:
             dues.append(self._seeding.not_before_ns())
         elif self._machine.state is PrimaryState.PROTECTING:
             due = self._pacing.due_at_ns()

@@ -32,6 +32,8 @@ class LedgerEntry(Model):
     """What this host holds; NONE when nothing."""
     is_plugged: bool = False
     """A primary's worker was started and has not said that it took its plugs out."""
+    is_standby: bool = False
+    """What is held was started as a standby, and no worker has said that it runs."""
     qemu_pid: int = 0
     qemu_start_ticks: int = 0
 
@@ -82,7 +84,14 @@ class Ledger:
 
     def forget(self, vm: VmId) -> None:
         """Drop what is held but remember the generation: old orders stay refused."""
-        self.update(vm, role=Role.NONE, is_plugged=False, qemu_pid=0, qemu_start_ticks=0)
+        self.update(
+            vm,
+            role=Role.NONE,
+            is_plugged=False,
+            is_standby=False,
+            qemu_pid=0,
+            qemu_start_ticks=0,
+        )
 
 
 class LedgerBroken(Exception):  # noqa: N818 - reads as a sentence where it is raised

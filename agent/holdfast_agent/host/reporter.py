@@ -48,6 +48,8 @@ class Outbox:
         self._events: deque[EventReport] = deque(maxlen=EVENT_LIMIT)
         self._event_sender: asyncio.Task[None] | None = None
         self.beat = asyncio.Event()
+        self.position = 0
+        """Position of the orders that a heartbeat's answer brought last."""
 
     def beat_now(self) -> None:
         """Send a heartbeat soon; something changed."""
@@ -167,6 +169,7 @@ async def keep_beating(
             if silent:
                 LOGGER.warning("a controller answers again")
             silent = False
+            outbox.position = answer.position
             await apply(answer.assignments)
         try:
             async with asyncio.timeout(interval_seconds):

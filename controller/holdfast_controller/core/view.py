@@ -36,7 +36,7 @@ class HeartbeatView:
     """What a living host said last."""
 
     revision: int
-    """The store's revision at which it was written: a later one is later evidence."""
+    """Of the store. What the host says was the case after every earlier revision."""
     facts: HostFacts
     vms: Mapping[VmId, VmFacts] = field(default_factory=dict)
     workers: Mapping[VmId, WorkerReport] = field(default_factory=dict)

@@ -138,6 +138,10 @@ class Controller(Process):
     def wait_ready(self) -> None:
         eventually("the controller is ready", lambda: self.get("/readyz").status_code == 200)
 
+    def wait_leads(self) -> None:
+        leads = "\nholdfast_controller_is_leader 1.0\n"
+        eventually("the controller leads", lambda: leads in self.get("/metrics").text)
+
     def wait_not_ready(self) -> None:
         eventually("the controller is not ready", lambda: self.get("/readyz").status_code == 503)
 
@@ -187,6 +191,17 @@ def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     return body
 
 
+def noted_once(events: list[dict[str, Any]], host: str) -> bool:
+    """Whether a host was noted, and came and went in turn: no change was written down twice.
+
+    Whether its first event says "for the first time" depends on who is quicker, the planner or the
+    operator who labels it.
+    """
+    here = {"HostAppeared": True, "HostReturned": True, "HostWentSilent": False}
+    seen = [here[e["kind"]] for e in events if e["host"] == host and e["kind"] in here]
+    return bool(seen) and seen == [number % 2 == 0 for number in range(len(seen))]
+
+
 def vm_facts(vm: str, **changes: Any) -> dict[str, Any]:
     return {
         "vm": vm,
@@ -210,6 +225,7 @@ class Agent:
         self.vms: list[dict[str, Any]] = []
         self.holdings: list[dict[str, Any]] = []
         self.workers: list[dict[str, Any]] = []
+        self.position = 0
         self.facts: dict[str, Any] = {
             "peer_address": f"{name}:7001",
             "memory_total_bytes": 16 * GIBIBYTE,
@@ -228,12 +244,14 @@ class Agent:
             "vms": self.vms,
             "holdings": self.holdings,
             "workers": self.workers,
+            "position": self.position,
         }
         return self.controller.post(f"/v1/agent/hosts/{self.name}/heartbeat", body)
 
     def beat(self) -> dict[str, dict[str, Any]]:
         """Send a heartbeat; return the orders by VM."""
         answer = ok(self.try_beat())
+        self.position = answer["position"]
         return {order["vm"]: order for order in answer["assignments"]}
 
     def run(self, vm: str, **changes: Any) -> None:
@@ -325,10 +343,11 @@ def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
 
 @pytest.fixture(scope="module")
 def controller(shared_etcd: Etcd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Controller]:
-    """A ready controller on the shared etcd."""
+    """A ready controller on the shared etcd, and the only one: it plans."""
     process = Controller(tmp_path_factory.mktemp("controller"), shared_etcd, "first")
     try:
         process.start()
+        process.wait_leads()
         yield process
     finally:
         process.close()

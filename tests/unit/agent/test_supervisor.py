@@ -1,6 +1,8 @@
 """The supervisor's table of decisions, with real worker processes and real processes to destroy."""
 
 import asyncio
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.unit.agent.agents import NOBODY, Qemu, TestedAgent, make_stub, order, record, until
 
+from holdfast_agent import supervisor
 from holdfast_agent.host.worker_messages import (
     Finished,
     ToAgent,
@@ -129,6 +132,18 @@ def test_a_new_backup_first_destroys_what_an_earlier_generation_left(
     play(scene)
 
 
+def test_what_a_dead_backups_worker_left_is_destroyed(play: Play, qemu: Qemu) -> None:
+    async def scene(agent: TestedAgent) -> None:
+        await agent.supervisor.apply((BACKUP_ORDER,))
+        agent.holds(qemu, Role.BACKUP, is_standby=True)
+        await agent.kill_worker()
+        await agent.supervisor.apply((BACKUP_ORDER,))
+        assert qemu.wait(5) == -9
+        assert agent.supervisor.holdings() == ()
+
+    play(scene)
+
+
 # --- primary, seeding and protected ---------------------------------------------------------------
 
 
@@ -145,6 +160,18 @@ def test_a_primary_that_seeds_gets_one_worker_and_reports_when_that_died(
         await until(lambda: ("seeding-failed", "vm", 2) in agent.outbox.said)
         assert len(agent.started()) == 1
         assert qemu.poll() is None
+
+    play(scene)
+
+
+def test_a_primary_seeds_although_an_earlier_standby_of_its_vm_died_here(
+    play: Play, qemu: Qemu
+) -> None:
+    async def scene(agent: TestedAgent) -> None:
+        agent.ledger.update("vm", role=Role.BACKUP, qemu_pid=1 << 22, qemu_start_ticks=1)
+        agent.finds(qemu)
+        await agent.supervisor.apply((order(Role.PRIMARY, Phase.SEEDING),))
+        assert agent.started() == [("protect", "primary", 2)]
 
     play(scene)
 
@@ -206,6 +233,18 @@ def test_plugs_that_a_dead_worker_left_are_taken_out(play: Play, qemu: Qemu, pha
         assert len(agent.started()) == 1
         assert (("released", "vm", 2) in agent.outbox.said) == (phase is Phase.RELEASING)
         assert qemu.poll() is None
+
+    play(scene)
+
+
+def test_a_standby_that_won_and_whose_worker_died_is_looked_into(play: Play, qemu: Qemu) -> None:
+    async def scene(agent: TestedAgent) -> None:
+        agent.holds(qemu, Role.PRIMARY, generation=1, is_standby=True)
+        await agent.supervisor.apply((order(Role.PRIMARY, Phase.UNPROTECTED),))
+        assert agent.started() == [("clean", "primary", 2)]
+        says(agent, Finished(outcome="it was never brought to life", vm_lives=False))
+        assert await asyncio.to_thread(qemu.wait, 5) == -9
+        await until(lambda: agent.entry.role is Role.NONE)
 
     play(scene)
 
@@ -348,6 +387,39 @@ def test_the_next_agent_adopts_a_living_worker_and_removes_a_dead_ones_socket(
     play(scene)
 
 
+def test_a_worker_that_is_silent_at_the_adoption_is_waited_for_and_adopted_later(
+    play: Play, qemu: Qemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "ADOPTION_SECONDS", 0.1)
+    monkeypatch.setattr(supervisor, "ADOPTION_AGAIN_SECONDS", 0.1)
+
+    async def scene(agent: TestedAgent) -> None:
+        await agent.supervisor.apply((BACKUP_ORDER,))
+        agent.holds(qemu, Role.PRIMARY, is_standby=True)
+        await agent.supervisor.close()
+        worker = agent.heard("started")[-1]["pid"]
+        os.kill(worker, signal.SIGSTOP)
+        async with AgentClient((NOBODY,), "h1") as client:
+            heir = TestedAgent(agent.run_dir, client)
+            await heir.supervisor.adopt()
+            won = order(Role.PRIMARY, Phase.UNPROTECTED, 3)
+            await heir.supervisor.apply((won,))
+            assert heir.supervisor.busy_vms() == set()
+            assert len(heir.started()) == 1
+            assert qemu.poll() is None
+            os.kill(worker, signal.SIGCONT)
+            while not heir.supervisor.busy_vms():
+                await heir.supervisor.apply((won,))
+            await until(lambda: len(heir.heard("ordered")) == 1)
+            assert len(heir.started()) == 1
+            heir.supervisor._orders.clear()
+            heir.kill_all_workers()
+            await until(lambda: not heir.supervisor._tasks)
+            await heir.supervisor.close()
+
+    play(scene)
+
+
 def test_a_worker_that_does_not_start_is_given_up(play: Play, qemu: Qemu) -> None:
     async def scene(agent: TestedAgent) -> None:
         agent.finds(qemu)
@@ -386,6 +458,22 @@ def test_a_claim_that_is_won_is_on_disk_before_the_worker_knows(play: Play) -> N
         await until(lambda: len(agent.heard("decided")) == 2)
         assert len(agent.outbox.claims) == 1
         assert agent.heard("decided")[0] == agent.heard("decided")[1]
+
+    play(scene)
+
+
+def test_a_win_that_is_learned_late_does_not_contradict_the_next_order(
+    play: Play, qemu: Qemu
+) -> None:
+    async def scene(agent: TestedAgent) -> None:
+        await agent.supervisor.apply((BACKUP_ORDER,))
+        agent.holds(qemu, Role.BACKUP)
+        agent.outbox.verdict = ClaimVerdict(won=True, record=record("h1", 4), explanation="won")
+        says(agent, WantClaim(claim=CLAIM))
+        await until(lambda: len(agent.heard("decided")) == 1)
+        assert (agent.entry.generation, agent.entry.role) == (3, Role.PRIMARY)
+        await agent.supervisor.apply((order(Role.PRIMARY, Phase.SEEDING, 4),))
+        await until(lambda: len(agent.heard("ordered")) == 1)
 
     play(scene)
 

@@ -149,6 +149,20 @@ def test_a_host_is_known_by_its_entry_after_its_heartbeat_is_gone() -> None:
     assert (host.host, host.alive, host.present, host.settings_revision) == ("h1", False, True, 6)
 
 
+def test_a_heartbeat_is_no_later_evidence_than_its_host_can_have_known() -> None:
+    world = World()
+    late = said().model_copy(update={"position": 3})
+    world.apply(batch(put(Kind.HEARTBEATS, "h1", late, 9)))
+    beat = world.present.heartbeat("h1")
+    assert beat is not None
+    assert beat.revision == 4
+    ahead = said().model_copy(update={"position": 90})
+    world.apply(batch(put(Kind.HEARTBEATS, "h1", ahead, 10)))
+    beat = world.present.heartbeat("h1")
+    assert beat is not None
+    assert beat.revision == 10
+
+
 def planner_wakes(world: World, beat: Heartbeat) -> bool:
     seen = world.planner_changes
     world.apply(batch(put(Kind.HEARTBEATS, "h1", beat, world.revision + 1)))

@@ -1,0 +1,141 @@
+"""The production connection and peer of `transport`, over a simulated socket.
+
+Only waiting is replaced, and the thread that says we live while a turn takes long: here no turn
+takes real time. Frames, checksums, payloads and the receiver's account are the production code.
+"""
+
+import select
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from tests.scenarios.simulation import MS
+from tests.simulation.kernel import Clock, Kernel
+from tests.simulation.network import SimulatedSocket
+
+from holdfast_agent.core.failures import PeerLost
+from holdfast_agent.core.frames import FrameKind, FrameLimits
+from holdfast_agent.core.memory_map import PageIndexes, PageRows
+from holdfast_agent.core.payloads import Welcome
+from holdfast_agent.transport.liveness import SilenceJudge
+from holdfast_agent.transport.peer import FramePeer
+from holdfast_agent.transport.tcp import Frame, FrameConnection
+from holdfast_api.words import ClaimReason, Epoch, Role
+
+if TYPE_CHECKING:
+    import socket
+
+LIMITS = FrameLimits(slab_size_bytes=4 * 4096, index_size_bytes=4096)
+GREET_NS = 3_000 * MS
+SEEDING_SILENCE_SECONDS = 3.0
+
+
+class SimulatedConnection(FrameConnection):
+    """A connection of frames whose socket is simulated."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        clock: Clock,
+        sock: SimulatedSocket,
+        *,
+        role: Role,
+        generation: int | None,
+        keepalive_ms: int = 50,
+        silence_limit_ms: int = 250,
+        received_frames: int = 0,
+    ) -> None:
+        self.kernel = kernel
+        self.socket = sock
+        super().__init__(
+            cast("socket.socket", sock),
+            role=role,
+            generation=generation,
+            silence_limit_seconds=max(SEEDING_SILENCE_SECONDS, silence_limit_ms / 1000),
+            keepalive_seconds=keepalive_ms / 1000,
+            limits=LIMITS,
+            received_frames=received_frames,
+            clock=clock.now_ns,
+        )
+
+    def wait_frame(self, deadline_ns: int) -> Frame | None:  # noqa: ARG002 - real time means nothing
+        return super().wait_frame(self._clock() + GREET_NS)
+
+    def welcome(self) -> None:
+        """Answer a HELLO, as `transport.opening.welcome` does, with an id drawn from the seed."""
+        number = self.kernel.random.randrange(1, 1 << 64)
+        answer = Welcome(connection=number)
+        self.send(FrameKind.WELCOME, 0, [answer.model_dump_json().encode()])
+        self.bind(number)
+
+    def _wait_writable(self, progress: SilenceJudge) -> None:
+        reads = self._reads_ahead and len(self._read_ahead) < 64
+        watched = [self.socket.writable, *([self.socket.readable] if reads else [])]
+        ready = self.kernel.wait(watched, self._limit_ns // 4)
+        if self.socket.readable in ready:
+            frame = self._receive_next()
+            if frame is not None:
+                self._read_ahead.append(frame)
+        if self.socket.writable not in ready and progress.is_suspicious(self._clock()):
+            raise PeerLost(
+                ClaimReason.PEER_SILENT, f"took no data for {self._limit_ns / 1e6:.0f} ms"
+            )
+
+    def _is_ready(self, event: int, timeout_ms: float = 0) -> bool:
+        number = self.socket.readable if event == select.POLLIN else self.socket.writable
+        if not timeout_ms:
+            return self.kernel.is_ready(number)
+        return bool(self.kernel.wait([number], int(timeout_ms * MS)))
+
+
+class SimulatedPeer(FramePeer):
+    """The other worker; tells the rules what is sent and acknowledged."""
+
+    def __init__(
+        self,
+        connection: SimulatedConnection,
+        *,
+        map_page_count: int,
+        silence_limit_ms: int,
+        on_checkpoint: Callable[[Epoch], None] = lambda _: None,
+        on_acknowledge: Callable[[Epoch], None] = lambda _: None,
+    ) -> None:
+        super().__init__(
+            connection,
+            map_page_count=map_page_count,
+            silence_limit_seconds=silence_limit_ms / 1000,
+            limits=LIMITS,
+            clock=connection._clock,
+        )
+        self.connection = connection
+        self._on_checkpoint = on_checkpoint
+        self._on_acknowledge = on_acknowledge
+
+    def send_pages(
+        self, epoch: Epoch, indexes: PageIndexes, rows: PageRows, zero_indexes: PageIndexes
+    ) -> None:
+        self.connection.kernel.hesitate()
+        super().send_pages(epoch, indexes, rows, zero_indexes)
+
+    def send_checkpoint(self, epoch: Epoch, device_state: bytes, *, final: bool) -> None:
+        self.connection.kernel.hesitate()
+        self._on_checkpoint(epoch)
+        super().send_checkpoint(epoch, device_state, final=final)
+
+    def send_acknowledgement(self, epoch: Epoch) -> None:
+        self.connection.kernel.hesitate()
+        self._on_acknowledge(epoch)
+        super().send_acknowledgement(epoch)
+
+    def send_farewell(self, code: str, explanation: str) -> None:
+        self.connection.kernel.log(self.connection.socket.host, f"says farewell: {code}")
+        super().send_farewell(code, explanation)
+
+    def be_strict(self) -> None:
+        """As in production, but for the thread that stands in during long turns."""
+        self._connection.limit_silence(self._silence_limit_seconds)
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        super().close()
+        self.connection.socket.close()
