@@ -12,8 +12,8 @@ PREFLIGHT = "agent/holdfast_agent/hypervisor/preflight.py"
 TRANSITIONS = "api/holdfast_api/transitions.py"
 EXCHANGE = "api/holdfast_api/exchange.py"
 SUPERVISOR = "agent/holdfast_agent/supervisor.py"
+ANSWERS_HTTP = "controller/holdfast_controller/http/answers.py"
 WORLD = "controller/holdfast_controller/world.py"
-CLAIMS = "controller/holdfast_controller/claims.py"
 STORE = "controller/holdfast_controller/adapters/store.py"
 
 PROTECTION = "tests/property/protection/test_two_machines_and_an_arbiter.py"
@@ -24,6 +24,7 @@ FRAMES_AND_PAGES = "tests/property/agent_core"
 FRAMES_AND_PAGES_STEPS = "tests/unit/agent_core"
 ANSWERS = "tests/unit/api"
 DISKS = "tests/unit/hypervisor/test_preflight.py"
+SUPERVISION = "tests/unit/agent/test_supervisor.py"
 SIMULATION = "tests/simulation"
 """Not asked through pytest but as `python -m tests.simulation`, from seed 0 on."""
 
@@ -329,15 +330,7 @@ WHOLE_MUTANTS = (
         "            if entry.worker_generation < assignment.generation:\n"
         '                await self._destroy(entry, "left',
         '            if True:\n                await self._destroy(entry, "left',
-        (SIMULATION,),
-    ),
-    Mutant(
-        "a claim that has not lost yet has lost",
-        "INV-5",
-        CLAIMS,
-        "if isinstance(outcome, Refusal) and _is_decided(record, claim):",
-        "if isinstance(outcome, Refusal):",
-        (SIMULATION,),
+        (SUPERVISION,),
     ),
     Mutant(
         "a claim that was won already is not recognised",
@@ -345,7 +338,24 @@ WHOLE_MUTANTS = (
         TRANSITIONS,
         "    if record.claimed == stamp:\n",
         "    if False:\n",
-        (TABLE, SIMULATION),
+        (TABLE,),
+    ),
+    Mutant(
+        "a write whose outcome is unknown counts as written",
+        "INV-5",
+        STORE,
+        "            result = await self._write(\n"
+        "                [compare(key, revision), *also],\n"
+        "                [Put(key, encode(outcome)), self._event(describe(record, outcome))],\n"
+        "            )\n",
+        "            try:\n"
+        "                result = await self._write(\n"
+        "                    [compare(key, revision), *also],\n"
+        "                    [Put(key, encode(outcome)), self._event(describe(record, outcome))],\n"
+        "                )\n"
+        "            except Unavailable:\n"
+        "                return Changed(outcome, revision, written=True)\n",
+        (SIMULATION,),
     ),
     Mutant(
         "a write that was overtaken counts as written",
@@ -361,7 +371,15 @@ WHOLE_MUTANTS = (
         SUPERVISOR,
         'await self._destroy(entry, "another host goes on with this VM")',
         "pass",
-        (SIMULATION,),
+        (SUPERVISION,),
+    ),
+    Mutant(
+        "a copy that lost is protected again",
+        "INV-6",
+        ANSWERS_HTTP,
+        "    issues.extend(_older_copy_issue(view, vm, host))\n",
+        "",
+        ("tests/unit/controller/test_answers.py",),
     ),
     Mutant(
         "an old heartbeat is new evidence of loss",
@@ -369,7 +387,7 @@ WHOLE_MUTANTS = (
         WORLD,
         "revision=min(revision, heartbeat.position + 1),",
         "revision=revision,",
-        (SIMULATION,),
+        ("tests/unit/controller/test_world.py", SIMULATION),
     ),
     Mutant(
         "a win that is learned late contradicts the orders",
@@ -377,7 +395,7 @@ WHOLE_MUTANTS = (
         SUPERVISOR,
         '{"generation": claim.generation + 1, "content"',
         '{"generation": record.generation, "content"',
-        (SIMULATION,),
+        (SUPERVISION, SIMULATION),
     ),
 )
 

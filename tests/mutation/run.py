@@ -40,7 +40,7 @@ SECONDS_MAX = 180.0
 Unbroken code itself, which is asked all suites there are, has as long for each of them."""
 
 SIMULATION_SECONDS_MAX = 900.0
-SIMULATION_SEEDS = 120
+SIMULATION_SEEDS = 200
 SIMULATION_STEPS = 2500
 
 CAUGHT = re.compile(r"^(seed \d+) BROKEN: (.*)$", re.MULTILINE)

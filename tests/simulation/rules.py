@@ -146,6 +146,12 @@ class Rules:
         qemu.is_managed = True
         pair = (worker.vm_name, worker.generation)
         qemu.plug.on_release_one = lambda epoch: self._releases(qemu, pair, epoch)
+        qemu.plug.on_release_all = lambda: self._releases_all(qemu, pair)
+
+    def _releases_all(self, qemu: Qemu, pair: Pair) -> None:
+        record = self.records[qemu.vm_name]
+        if record.primary != qemu.host or record.generation <= pair[1]:
+            raise RuleBroken(f"INV-4: {qemu.host} goes on alone from {pair} without it: {record}")
 
     def _releases(self, qemu: Qemu, pair: Pair, epoch: int) -> None:
         generation = self.generation(*pair)

@@ -26,9 +26,13 @@ from holdfast_controller.adapters.etcd import (
     TxnResult,
     WatchBatch,
 )
+from holdfast_controller.adapters.keys import ROOT, Kind
 
 STORE = "store"
-REQUEST_SECONDS = 2.0
+REQUEST_NS_MIN = 100 * MS
+REQUEST_NS_MAX = 2 * SECOND
+RECORDS_HARDER = 4.0
+"""Writes of a record get lost so much more often than all else: those are the ones that matter."""
 LEASE_CHECK_NS = 500 * MS
 WATCH_NS_MAX = 60 * MS
 
@@ -193,7 +197,8 @@ class SimulatedEtcd:
                     raise EtcdUnavailable("txn", maybe_applied=False, reasons={})
             return self._store.txn(compares, writes)
 
-        return await self._request("txn", commit)
+        is_record = any(w.key.startswith(f"{ROOT}{Kind.PROTECTIONS}/") for w in writes)
+        return await self._request("txn", commit, harder=RECORDS_HARDER if is_record else 1.0)
 
     async def lease_grant(self, ttl_seconds: int) -> int:
         return await self._request("grant", lambda: self._store.grant(ttl_seconds))
@@ -224,11 +229,11 @@ class SimulatedEtcd:
                     yield batch
             await asyncio.sleep(0.2)
 
-    async def _request(self, what: str, do: Callable[[], Answer]) -> Answer:
+    async def _request(self, what: str, do: Callable[[], Answer], *, harder: float = 1.0) -> Answer:
         """Go there, have it done, come back; each of the three can fail."""
         store = self._store
         await asyncio.sleep(store.network.latency_ns(self._owner, STORE) / 1e9)
-        is_lost = store.kernel.chance(store.timeouts)
+        is_lost = store.kernel.chance(store.timeouts * harder)
         is_lost_before = is_lost and store.kernel.chance(0.5)
         if is_lost_before or not store.is_up or not store.network.passes(self._owner, STORE):
             await self._give_up(what, maybe_applied=False)
@@ -242,6 +247,6 @@ class SimulatedEtcd:
         if what == "txn":
             kind = "done" if maybe_applied else "not done"
             self._store.happened[f"store timeout, {kind}"] += 1
-        await asyncio.sleep(REQUEST_SECONDS)
+        await asyncio.sleep(self._store.kernel.between_ns(REQUEST_NS_MIN, REQUEST_NS_MAX) / 1e9)
         # The caller never knows: the real client says `maybe_applied` after every timeout.
         raise EtcdUnavailable(what, maybe_applied=True, reasons={STORE: "no answer in time"})

@@ -94,6 +94,7 @@ def preflight_answer(view: View, vm: VmId) -> Preflight | None:
     if others:
         where = ", ".join([host, *others])
         issues.append(_blocking("on-several-hosts", f"{vm} is reported by {where}; keep one"))
+    issues.extend(_older_copy_issue(view, vm, host))
     issues.extend(_no_host_issue(view, vm, host, facts))
     protectable = all(issue.severity is not Severity.BLOCKING for issue in issues)
     return Preflight(vm=vm, protectable=protectable, issues=tuple(issues))
@@ -101,6 +102,21 @@ def preflight_answer(view: View, vm: VmId) -> Preflight | None:
 
 def _blocking(code: str, message: str) -> PreflightIssue:
     return PreflightIssue(code=code, severity=Severity.BLOCKING, message=message)
+
+
+def _older_copy_issue(view: View, vm: VmId, host: HostId) -> list[PreflightIssue]:
+    """Refuse a copy that lost to another host: what others heard since is not in its memory.
+
+    To begin a protection with it would make it primary of a newer generation, as if it had won.
+    """
+    record, heartbeat = view.record(vm), view.heartbeat(host)
+    if record is None or record.primary == host or heartbeat is None or vm not in heartbeat.held:
+        return []
+    message = (
+        f"{host} still has an older copy of {vm}: {record.primary} went on with it. It is told to "
+        "destroy it; ask again then"
+    )
+    return [_blocking("older-copy", message)]
 
 
 def _no_host_issue(view: View, vm: VmId, host: HostId, facts: VmFacts) -> list[PreflightIssue]:
