@@ -12,10 +12,12 @@ from tests.scenarios.simulation import MS
 from tests.simulation.host import SimulatedHost
 from tests.simulation.kernel import SECOND
 
+from holdfast_agent.checkpoint.primary import CAPTURE_FAILURES_MAX
+
 if TYPE_CHECKING:
     from tests.simulation.cluster import Simulation
 
-SAVES_GIVEN_UP = 5
+SAVES_GIVEN_UP = CAPTURE_FAILURES_MAX
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ class Faults:
         if guests:
             qemu = self.random.choice(guests)
             qemu.vm.failing_saves = self.random.choice((1, 1, 2, SAVES_GIVEN_UP))
-            qemu.failed_saves = qemu.vm.failing_saves >= SAVES_GIVEN_UP
+            qemu.failing_saves_total += qemu.vm.failing_saves
             self._count("saves of devices fail", f"{qemu.vm_name}, {qemu.vm.failing_saves} times")
 
     def slow_everything(self) -> None:

@@ -30,7 +30,8 @@ class Qemu:
     """It was in a protection. What an operator starts a second time elsewhere is not."""
     user: SimulatedProcess | None = None
     """The worker that has the monitor."""
-    failed_saves: int = 0
+    failing_saves_total: int = 0
+    """So many saves were made to fail; after enough in a row its worker gives the VM up."""
 
     @property
     def is_alive(self) -> bool:

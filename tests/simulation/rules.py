@@ -14,6 +14,7 @@ from tests.simulation.guest import History
 from tests.simulation.kernel import Kernel, RuleBroken
 from tests.simulation.qemu import Qemu, Qemus
 
+from holdfast_agent.checkpoint.primary import CAPTURE_FAILURES_MAX
 from holdfast_agent.core.memory_map import PageRows
 from holdfast_api import transitions
 from holdfast_api.records import Event, ProtectionRecord
@@ -255,8 +256,10 @@ class Rules:
         """The product ends a QEMU: never the one that the record lets go on."""
         record = self.records.get(qemu.vm_name)
         self.kernel.log(qemu.host, f"{qemu.vm_name} is ended (pid {qemu.pid})")
-        if record is None or qemu.vm.has_shut_down or qemu.failed_saves:
+        if record is None or qemu.vm.has_shut_down:
             return
+        if qemu.failing_saves_total >= CAPTURE_FAILURES_MAX:
+            return  # a VM that can not be captured any more is left to its backup
         if qemu.is_standby and not qemu.is_busy:
             return  # nobody can bring it to life any more, whoever won with it
         if qemu.is_standby and self._qemus.guest_on(qemu.host, qemu.vm_name) is not None:
