@@ -7,8 +7,11 @@ must be protected again within `SETTLE_NS`: every VM runs once or is said to be 
 import gc
 import itertools
 import logging
+import os
+import shutil
 import tempfile
 import traceback
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,6 +36,7 @@ STEPS = 6_000
 QUIET_NS = 4 * SECOND
 SETTLE_NS = 420 * SECOND
 SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "holdfast-simulation-"
 
 
 @dataclass
@@ -160,11 +164,13 @@ def run_seed(seed: int, *, steps: int = STEPS, keeps_all_lines: bool = False) ->
     """Run one seed; what is broken is in the result."""
     result = Result(seed)
     logging.disable(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")  # of processes that died
     names = (f"{number:032x}" for number in itertools.count())
-    place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    _remove_leftovers(place)
     gc.disable()
     with (
-        tempfile.TemporaryDirectory(prefix="holdfast-", dir=place) as folder,
+        tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=place) as folder,
         patch("secrets.token_hex", lambda _=None: next(names)),
     ):
         simulation = Simulation(seed, Path(folder), keeps_all_lines=keeps_all_lines)
@@ -188,3 +194,11 @@ def run_seed(seed: int, *, steps: int = STEPS, keeps_all_lines: bool = False) ->
     gc.collect()
     logging.disable(logging.NOTSET)
     return result
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Remove the folders of simulations that were killed."""
+    for path in place.glob(f"{PREFIX}*"):
+        pid = path.name.removeprefix(PREFIX).partition("-")[0]
+        if not Path("/proc", pid).exists():
+            shutil.rmtree(path, ignore_errors=True)
