@@ -67,8 +67,8 @@ class Faults(Running):
     def freeze(self, service: str, *, seconds: float = FROZEN_SECONDS) -> float:
         """Stop a process where it is (SIGSTOP), until `thaw`, at the latest after `seconds`.
 
-        Any that the lab started: a service, or `vm NAME on h1`. Returns when the order was given,
-        in seconds of the monotonic clock.
+        Any that the lab started: a service, or `vm NAME on h1`. Returns, when it stands, when the
+        order was given, in seconds of the monotonic clock. Raises LabTimedOut.
         """
         process = self._service_process(service)
         with self.folder.change() as state:
@@ -80,7 +80,7 @@ class Faults(Running):
                 namespace=self.network.namespace(_party_of(name)),
             )
             ordered_at = time.monotonic()
-            processes.send_signal(process, signal.SIGSTOP)
+            processes.stop(process)
         return ordered_at
 
     def thaw(self, service: str) -> None:

@@ -117,6 +117,20 @@ def send_signal(process: Process, number: signal.Signals) -> None:
             os.kill(process.pid, number)
 
 
+def stop(process: Process, *, deadline_seconds: float = 10.0) -> None:
+    """Stop a process where it is (SIGSTOP); returns when none of its threads runs any more.
+
+    The signal alone is no more than an order: a thread on its way through the kernel takes its
+    time. Raises LabTimedOut if one does not stand by the deadline; the order is not taken back.
+    """
+    send_signal(process, signal.SIGSTOP)
+    deadline = time.monotonic() + deadline_seconds
+    while is_alive(process) and not set(_thread_states(process.pid)) <= set("TtZX"):
+        if time.monotonic() > deadline:
+            raise LabTimedOut(f"process {process.pid} runs on after {deadline_seconds:.0f} s")
+        time.sleep(POLL_SECONDS)
+
+
 def end(process: Process, *, grace_seconds: float, deadline_seconds: float = 10.0) -> None:
     """End a process: by SIGTERM, after `grace_seconds` by SIGKILL; returns when it is gone.
 
@@ -147,7 +161,7 @@ def _reap(process: Process) -> None:
             os.waitpid(process.pid, os.WNOHANG)
 
 
-def _stat_fields(pid: int) -> list[str]:
+def _stat_fields(pid: int | str) -> list[str]:
     """Return the fields of /proc/PID/stat from the third on; empty when there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
@@ -162,6 +176,15 @@ def _started_ticks(pid: int) -> int | None:
     return int(fields[19]) if fields else None
 
 
-def _state(pid: int) -> str:
+def _state(pid: int | str) -> str:
     fields = _stat_fields(pid)
     return fields[0] if fields else "X"
+
+
+def _thread_states(pid: int) -> str:
+    """Return the kernel's letter for each thread of a process; empty when there is none."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except FileNotFoundError:
+        return ""
+    return "".join(_state(f"{pid}/task/{thread.name}") for thread in threads)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,3 +88,33 @@ def test_it_gets_its_descriptors_a_quiet_input_and_no_proxy(
 
 def test_we_know_ourselves() -> None:
     assert is_alive(processes.this_process())
+
+
+def test_a_process_stands_with_all_its_threads_when_stopping_it_returns(tmp_path: Path) -> None:
+    program = """
+import os, threading
+def work():
+    while True:
+        os.fsync(file.fileno())
+file = open("busy", "w")
+for _ in range(4):
+    threading.Thread(target=work).start()
+print("works", flush=True)
+"""
+    log = tmp_path / "log"
+    process = spawn(["env", "-C", str(tmp_path), sys.executable, "-c", program], log=log)
+    try:
+        assert eventually(lambda: log.read_text() == "works\n")
+        for _ in range(20):
+            processes.stop(process)
+            assert processes._thread_states(process.pid) == "TTTTT"
+            send_signal(process, signal.SIGCONT)
+    finally:
+        end(process, grace_seconds=0)
+
+
+def test_stopping_a_process_that_is_dead_returns_at_once(tmp_path: Path) -> None:
+    process = spawn(["true"], log=tmp_path / "log")
+    assert eventually(lambda: not is_alive(process))
+    processes.stop(process)
+    assert processes._thread_states(process.pid) == ""
