@@ -9,15 +9,18 @@ import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from holdfast_agent.checkpoint.waiting import wait_readable
 from holdfast_agent.checkpoint.wants import Wants
 from holdfast_agent.config import AgentConfig
+from holdfast_agent.core.payloads import Hello
 from holdfast_agent.host.agent_channel import AgentChannel
 from holdfast_agent.host.processes import start_ticks_of
 from holdfast_agent.host.worker_messages import Finished, Introduced
 from holdfast_agent.hypervisor.preflight import Examination
 from holdfast_api.messages import Assignment
+from holdfast_api.words import HostId
 
 LAST_WORD_SECONDS = 3.0
 HURRIED_NICENESS = -10
@@ -46,6 +49,23 @@ class WorkerOrder:
             generation=self.assignment.generation,
             new_claim_name=lambda: secrets.token_hex(16),
         )
+
+
+def hello_of(
+    assignment: Assignment, host: HostId, blocks: tuple[tuple[str, int], ...], spec: dict[str, Any]
+) -> Hello:
+    """Return how the primary on `host` introduces itself; `blocks` and `spec` are its VM's."""
+    assert assignment.peer is not None
+    return Hello(
+        vm=assignment.vm,
+        generation=assignment.generation,
+        primary=host,
+        backup=assignment.peer,
+        keepalive_ms=assignment.policy.keepalive_ms,
+        silence_limit_ms=assignment.policy.silence_limit_ms,
+        blocks=blocks,
+        spec=spec,
+    )
 
 
 def hurry() -> None:

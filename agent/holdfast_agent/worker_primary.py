@@ -23,10 +23,9 @@ from holdfast_agent.checkpoint.primary import PrimaryDriver, PrimaryParts
 from holdfast_agent.checkpoint.seeding import Seeding
 from holdfast_agent.core.epoch import PrimaryMachine
 from holdfast_agent.core.failures import PeerLost, VirtualMachineFailed, VirtualMachineGone
-from holdfast_agent.core.frames import DEFAULT_LIMITS, PROTOCOL_VERSION, FrameRejected
+from holdfast_agent.core.frames import DEFAULT_LIMITS, FrameRejected
 from holdfast_agent.core.memory_map import MemoryMap, empty_rows
 from holdfast_agent.core.pages import OwedPages
-from holdfast_agent.core.payloads import Hello
 from holdfast_agent.core.slabs import SlabPool
 from holdfast_agent.core.vm_spec import VmSpec
 from holdfast_agent.host.agent_channel import AgentChannel
@@ -44,6 +43,7 @@ from holdfast_agent.transport.tcp import FrameConnection
 from holdfast_agent.worker_order import (
     SEEDING_SILENCE_SECONDS,
     WorkerOrder,
+    hello_of,
     hurry,
     introduction,
     say_last_word,
@@ -204,18 +204,8 @@ def _find_backup(order: WorkerOrder, attached: Attached) -> FramePeer:
     """Connect to the backup's worker and be welcomed. Raises PeerLost, PeerRefused."""
     assignment, policy = order.assignment, order.assignment.policy
     assert assignment.peer_address is not None
-    assert assignment.peer is not None
-    hello = Hello(
-        protocol_version=PROTOCOL_VERSION,
-        vm=assignment.vm,
-        generation=assignment.generation,
-        primary=order.config.host,
-        backup=assignment.peer,
-        keepalive_ms=policy.keepalive_ms,
-        silence_limit_ms=policy.silence_limit_ms,
-        blocks=attached.spec.blocks,
-        spec=attached.spec.model_dump(mode="json"),
-    )
+    spec = attached.spec
+    hello = hello_of(assignment, order.config.host, spec.blocks, spec.model_dump(mode="json"))
     deadline = time.monotonic() + EXPECTED_SECONDS
     while True:
         connection = FrameConnection(

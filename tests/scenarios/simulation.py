@@ -25,15 +25,16 @@ class Killed(BaseException):
 
 
 class Process:
-    """One worker: a body that runs until it returns or is killed."""
+    """One worker: a body that runs in a thread of its own until it returns or is killed."""
 
     def __init__(self, world: "World", name: str, body: Callable[[], None]) -> None:
         self.name = name
         self.is_killed = False
         self.has_ended = False
-        self.deadline_ns = 0
+        self.deadline_ns = world.now_ns
         self.descriptors: tuple[int, ...] = ()
-        self.turn = threading.Semaphore(0)
+        self.turn = threading.Lock()
+        self.turn.acquire()
         self._world = world
         self._body = body
         self._ending = world.threads.submit(self._main)
@@ -60,7 +61,8 @@ class World:
         self.now_ns = 0
         self.lines: list[str] = []
         self.threads = ThreadPoolExecutor(PROCESSES_MAX)
-        self.back = threading.Semaphore(0)
+        self.back = threading.Lock()
+        self.back.acquire()
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._processes: list[Process] = []
@@ -88,7 +90,6 @@ class World:
 
     def start(self, name: str, body: Callable[[], None]) -> Process:
         process = Process(self, name, body)
-        process.deadline_ns = self.now_ns
         self._processes.append(process)
         return process
 

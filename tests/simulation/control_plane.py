@@ -14,11 +14,10 @@ from tests.simulation.simulated_loop import SimulatedLoop, new_loop
 from tests.simulation.store import SimulatedEtcd, SimulatedStore
 
 from holdfast_api.errors import Unavailable
-from holdfast_api.records import Event
-from holdfast_controller.adapters.etcd import EtcdClient, EtcdUnavailable, Put
+from holdfast_controller.adapters.etcd import EtcdClient, EtcdUnavailable
 from holdfast_controller.adapters.heartbeats import Heartbeats
-from holdfast_controller.adapters.keys import ROOT, Kind, encode, key_of
-from holdfast_controller.adapters.store import EventDraft, Store
+from holdfast_controller.adapters.keys import ROOT
+from holdfast_controller.adapters.store import Store
 from holdfast_controller.control import Control
 from holdfast_controller.core.planner import plan
 from holdfast_controller.executor import execute
@@ -30,28 +29,6 @@ PLAN_SECONDS = 1.0
 PASS_DISTANCE_SECONDS = 0.02
 HEARTBEAT_TTL_SECONDS = 5
 EVENTS_KEPT = 200
-
-
-class NamedEvents(Store):
-    """The production store; names of events are counted, not drawn."""
-
-    numbers = itertools.count()
-    prefix = ""
-
-    def _event(self, draft: EventDraft, once: str | None = None) -> Put:
-        now = self.now_seconds()
-        name = once or f"{int(now * 1_000_000):020d}-{self.prefix}{next(self.numbers):06d}"
-        event = Event(
-            position=0,
-            at=now,
-            kind=draft.kind,
-            vm=draft.vm,
-            host=draft.host,
-            generation=draft.generation,
-            message=draft.message,
-            evidence=draft.evidence,
-        )
-        return Put(key_of(Kind.EVENTS, name), encode(event))
 
 
 @dataclass
@@ -93,9 +70,12 @@ class Controller:
         self.loop = new_loop(self.kernel, self.name, self.clock)
         self.etcd = SimulatedEtcd(self.store, self.name, self.loop)
         client: EtcdClient = self.etcd  # type: ignore[assignment]
-        store = NamedEvents(client, now_seconds=self.wall_clock.now_seconds)
-        store.numbers = itertools.count()
-        store.prefix = f"{self.name}{self.kernel.now_ns:x}-"
+        started, numbers = f"{self.name}{self.kernel.now_ns:x}", itertools.count()
+        store = Store(
+            client,
+            now_seconds=self.wall_clock.now_seconds,
+            new_name=lambda: f"{started}-{next(numbers):06d}",
+        )
         self.control = Control(
             store=store,
             heartbeats=Heartbeats(client, ttl_seconds=HEARTBEAT_TTL_SECONDS),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
-from tests.scenarios.simulation import LONGEST_WAIT_NS, MS, Killed, World
+from tests.scenarios.simulation import LONGEST_WAIT_NS, MS, Killed, Process, World
 
 SECOND = 1_000 * MS
 TURNS_AT_ONCE_MAX = 200
@@ -46,36 +46,14 @@ class Clock:
         return -(-(time_ns - self._offset_ns) * 1_000_000 // self._rate)
 
 
-class SimulatedProcess:
-    """A worker: a body that runs in a thread of its own until it returns or is killed."""
+class SimulatedProcess(Process):
+    """A worker on a host, whose clock it reads; it can be frozen."""
 
     def __init__(self, kernel: "Kernel", name: str, clock: Clock, body: Callable[[], None]) -> None:
-        self.name = name
         self.clock = clock
-        self.is_killed = False
-        self.has_ended = False
-        self.deadline_ns = kernel.now_ns
         self.frozen_until_ns = 0
         self.checks: tuple[Callable[[], bool], ...] = ()
-        self.turn = threading.Lock()
-        self.turn.acquire()
-        self._kernel = kernel
-        self._body = body
-        self._ending = kernel.threads.submit(self._main)
-
-    def _main(self) -> None:
-        self.turn.acquire()
-        try:
-            if not self.is_killed:
-                self._body()
-        finally:
-            self.has_ended = True
-            self._kernel.back.release()
-
-    def error(self) -> BaseException | None:
-        """Return what ended this process against its will; None if it was killed or returned."""
-        error = self._ending.exception(TURN_SECONDS_MAX)
-        return None if isinstance(error, Killed) else error
+        super().__init__(kernel, name, body)
 
     def is_runnable(self, now_ns: int) -> bool:
         if now_ns < self.frozen_until_ns:
@@ -98,7 +76,7 @@ class Kernel(World):
         self.steps = 0
         self.kept: deque[str] = deque(maxlen=None if keeps_all_lines else LINES_KEPT)
         self.after_step: Callable[[], None] = lambda: None
-        self.back = threading.Lock()  # type: ignore[assignment]
+        self.back = threading.Lock()
         self.back.acquire()
         self.error: BaseException | None = None
         self.slowness: float = 1.0

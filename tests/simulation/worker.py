@@ -28,7 +28,7 @@ from holdfast_agent.core.failures import (
     VirtualMachineFailed,
     VirtualMachineGone,
 )
-from holdfast_agent.core.frames import PROTOCOL_VERSION, FrameRejected
+from holdfast_agent.core.frames import FrameRejected
 from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, empty_rows
 from holdfast_agent.core.pages import OwedPages
 from holdfast_agent.core.payloads import Hello
@@ -42,6 +42,7 @@ from holdfast_agent.host.worker_messages import (
 )
 from holdfast_agent.memory import zero_pages
 from holdfast_agent.transport.opening import PeerRefused, greet
+from holdfast_agent.worker_order import hello_of
 from holdfast_api.messages import Assignment
 from holdfast_api.words import Role, Severity
 
@@ -196,18 +197,12 @@ class Worker:
 
     def _find_backup(self, qemu: Qemu) -> SimulatedPeer:
         """Connect to the backup's worker and be welcomed. Raises PeerLost, PeerRefused."""
-        assignment, policy = self.assignment, self.assignment.policy
+        assignment = self.assignment
         assert assignment.peer is not None
-        memory_map = qemu.vm.memory_map
-        hello = Hello(
-            protocol_version=PROTOCOL_VERSION,
-            vm=assignment.vm,
-            generation=assignment.generation,
-            primary=self.host.name,
-            backup=assignment.peer,
-            keepalive_ms=policy.keepalive_ms,
-            silence_limit_ms=policy.silence_limit_ms,
-            blocks=(("ram", memory_map.size_bytes),),
+        hello = hello_of(
+            assignment,
+            self.host.name,
+            blocks=(("ram", qemu.vm.memory_map.size_bytes),),
             spec={"incarnation": qemu.incarnation, "has_disk": qemu.vm.has_disk},
         )
         kernel, clock = self.host.kernel, self.host.clock

@@ -98,10 +98,20 @@ def undecided_when_unavailable() -> Iterator[None]:
 class Store:
     """Reads and changes of everything but heartbeats."""
 
-    def __init__(self, etcd: EtcdClient, *, now_seconds: Callable[[], float] = time.time) -> None:
-        """Work on `etcd`, which stays the caller's; `now_seconds` is UTC, for people to read."""
+    def __init__(
+        self,
+        etcd: EtcdClient,
+        *,
+        now_seconds: Callable[[], float] = time.time,
+        new_name: Callable[[], str] = lambda: secrets.token_hex(6),
+    ) -> None:
+        """Work on `etcd`, which stays the caller's.
+
+        `now_seconds` is UTC, for people to read; `new_name` tells two events of one moment apart.
+        """
         self._etcd = etcd
         self.now_seconds = now_seconds
+        self._new_name = new_name
 
     async def read(self, vm: VmId) -> tuple[ProtectionRecord | None, int]:
         """Return the record of `vm` and its revision (0: there is none)."""
@@ -276,7 +286,7 @@ class Store:
 
     def _event(self, draft: EventDraft, once: str | None = None) -> Put:
         now = self.now_seconds()
-        name = once or f"{int(now * 1_000_000):020d}-{secrets.token_hex(6)}"
+        name = once or f"{int(now * 1_000_000):020d}-{self._new_name()}"
         event = Event(
             position=0,
             at=now,

@@ -330,15 +330,22 @@ class Scene:
         return self.wait_for_phase("protected")
 
 
-@pytest.fixture(scope="module")
-def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
-    """An etcd for tests that leave it alone."""
-    server = Etcd(tmp_path_factory.mktemp("etcd"))
+@contextlib.contextmanager
+def running_etcd(folder: Path) -> Iterator[Etcd]:
+    """Run an etcd with its data in `folder`; ended on the way out."""
+    server = Etcd(folder)
     try:
         server.start()
         yield server
     finally:
         server.end()
+
+
+@pytest.fixture(scope="module")
+def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    """An etcd for tests that leave it alone."""
+    with running_etcd(tmp_path_factory.mktemp("etcd")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -362,12 +369,8 @@ def scene(controller: Controller) -> Scene:
 @pytest.fixture
 def own_etcd(tmp_path: Path) -> Iterator[Etcd]:
     """An etcd that the test may stop, freeze and kill."""
-    server = Etcd(tmp_path)
-    try:
-        server.start()
+    with running_etcd(tmp_path) as server:
         yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture

@@ -6,7 +6,14 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from tests.integration.controller.conftest import Controller, Etcd, Scene, noted_once, ok
+from tests.integration.controller.conftest import (
+    Controller,
+    Etcd,
+    Scene,
+    noted_once,
+    ok,
+    running_etcd,
+)
 
 from holdfast_api.messages import Heartbeat
 from holdfast_api.records import HostFacts
@@ -41,12 +48,8 @@ class Unelected(Leadership):
 @pytest.fixture
 def etcd(tmp_path: Path) -> Iterator[Etcd]:
     """A store that nobody plans for."""
-    server = Etcd(tmp_path)
-    try:
-        server.start()
+    with running_etcd(tmp_path) as server:
         yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture
