@@ -28,14 +28,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 
-from holdfast_agent.config import AgentConfig
-from holdfast_agent.core.failures import VirtualMachineFailed
-from holdfast_agent.host.ledger import Ledger, LedgerEntry
-from holdfast_agent.host.processes import is_alive, kill_and_wait
-from holdfast_agent.host.reporter import Outbox
-from holdfast_agent.host.vms import VmFinder
-from holdfast_agent.host.worker_link import WorkerLink, WorkerUnreachable
-from holdfast_agent.host.worker_messages import (
+from holdfast_agent.checkpoint.worker_messages import (
     Decided,
     Finished,
     Happened,
@@ -48,6 +41,13 @@ from holdfast_agent.host.worker_messages import (
     WantSeeded,
     WantSeedingFailed,
 )
+from holdfast_agent.config import AgentConfig
+from holdfast_agent.core.failures import VirtualMachineFailed
+from holdfast_agent.host.ledger import Ledger, LedgerEntry
+from holdfast_agent.host.processes import is_alive, kill_and_wait
+from holdfast_agent.host.reporter import Outbox
+from holdfast_agent.host.vms import VmFinder
+from holdfast_agent.host.worker_link import WorkerLink, WorkerUnreachable
 from holdfast_agent.hypervisor.holding import remove_remains
 from holdfast_api.messages import Assignment, Claim, ClaimVerdict, EventReport, Holding
 from holdfast_api.records import WorkerReport

@@ -12,12 +12,12 @@ import time
 from holdfast_agent.checkpoint.backup import BackupDriver
 from holdfast_agent.checkpoint.figures import BackupFigures
 from holdfast_agent.checkpoint.waiting import wait_readable
+from holdfast_agent.checkpoint.worker_messages import Ordered, PeerConnected
 from holdfast_agent.core.backup import BackupMachine
 from holdfast_agent.core.failures import PeerLost, VirtualMachineFailed
 from holdfast_agent.core.payloads import Hello, Refusal
 from holdfast_agent.core.vm_spec import VmSpec
 from holdfast_agent.host.agent_channel import AgentChannel
-from holdfast_agent.host.worker_messages import Ordered, PeerConnected
 from holdfast_agent.hypervisor.standby import QemuStandby
 from holdfast_agent.memory import GuestMemory
 from holdfast_agent.transport.opening import refuse, welcome

@@ -13,11 +13,11 @@ from typing import Any
 
 from holdfast_agent.checkpoint.waiting import wait_readable
 from holdfast_agent.checkpoint.wants import Wants
+from holdfast_agent.checkpoint.worker_messages import Finished, Introduced
 from holdfast_agent.config import AgentConfig
 from holdfast_agent.core.payloads import Hello
 from holdfast_agent.host.agent_channel import AgentChannel
 from holdfast_agent.host.processes import start_ticks_of
-from holdfast_agent.host.worker_messages import Finished, Introduced
 from holdfast_agent.hypervisor.preflight import Examination
 from holdfast_api.messages import Assignment
 from holdfast_api.words import HostId

@@ -21,6 +21,7 @@ from holdfast_agent.checkpoint.ports import (
 )
 from holdfast_agent.checkpoint.primary import PrimaryDriver, PrimaryParts
 from holdfast_agent.checkpoint.seeding import Seeding
+from holdfast_agent.checkpoint.worker_messages import WantSeedingFailed
 from holdfast_agent.core.epoch import PrimaryMachine
 from holdfast_agent.core.failures import PeerLost, VirtualMachineFailed, VirtualMachineGone
 from holdfast_agent.core.frames import DEFAULT_LIMITS, FrameRejected
@@ -29,7 +30,6 @@ from holdfast_agent.core.pages import OwedPages
 from holdfast_agent.core.slabs import SlabPool
 from holdfast_agent.core.vm_spec import VmSpec
 from holdfast_agent.host.agent_channel import AgentChannel
-from holdfast_agent.host.worker_messages import WantSeedingFailed
 from holdfast_agent.hypervisor.holding import argv_of
 from holdfast_agent.hypervisor.machine import QemuMachine
 from holdfast_agent.hypervisor.preflight import Examination, examine

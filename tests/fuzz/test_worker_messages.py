@@ -14,9 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from holdfast_agent.host.agent_channel import AgentChannel
-from holdfast_agent.host.worker_link import WorkerLink, WorkerUnreachable
-from holdfast_agent.host.worker_messages import (
+from holdfast_agent.checkpoint.worker_messages import (
     Decided,
     Finished,
     Introduced,
@@ -25,6 +23,8 @@ from holdfast_agent.host.worker_messages import (
     PeerConnected,
     ToAgent,
 )
+from holdfast_agent.host.agent_channel import AgentChannel
+from holdfast_agent.host.worker_link import WorkerLink, WorkerUnreachable
 from holdfast_api.messages import Assignment, ClaimVerdict
 from holdfast_api.records import Policy
 from holdfast_api.words import Phase, Role

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from tests.scenarios.simulation import MS, World
 
-from holdfast_agent.host.worker_messages import (
+from holdfast_agent.checkpoint.worker_messages import (
     Decided,
     Happened,
     Noted,

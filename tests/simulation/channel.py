@@ -12,8 +12,7 @@ from pathlib import Path
 
 from tests.simulation.kernel import Kernel, SimulatedProcess
 
-from holdfast_agent.host.worker_link import WorkerUnreachable
-from holdfast_agent.host.worker_messages import (
+from holdfast_agent.checkpoint.worker_messages import (
     Finished,
     Happened,
     Introduced,
@@ -21,6 +20,7 @@ from holdfast_agent.host.worker_messages import (
     ToWorker,
     WantClaim,
 )
+from holdfast_agent.host.worker_link import WorkerUnreachable
 
 CONNECT_SECONDS = 0.001
 

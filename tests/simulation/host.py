@@ -28,10 +28,10 @@ from tests.simulation.rules import Rules
 from tests.simulation.worker import Worker
 
 from holdfast_agent import supervisor
+from holdfast_agent.checkpoint.worker_messages import Introduced, PeerConnected
 from holdfast_agent.core.failures import PeerLost
 from holdfast_agent.core.frames import FrameEncoder, FrameKind, FrameRejected
 from holdfast_agent.core.payloads import Hello, Refusal, decode_json
-from holdfast_agent.host.worker_messages import Introduced, PeerConnected
 from holdfast_api.messages import Assignment
 from holdfast_api.words import ClaimReason, Role
 

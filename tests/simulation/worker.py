@@ -20,6 +20,13 @@ from holdfast_agent.checkpoint.figures import BackupFigures, PrimaryFigures
 from holdfast_agent.checkpoint.primary import PrimaryDriver, PrimaryParts
 from holdfast_agent.checkpoint.seeding import Seeding
 from holdfast_agent.checkpoint.wants import Wants
+from holdfast_agent.checkpoint.worker_messages import (
+    Finished,
+    Introduced,
+    Ordered,
+    PeerConnected,
+    WantSeedingFailed,
+)
 from holdfast_agent.core.backup import BackupMachine
 from holdfast_agent.core.epoch import PrimaryMachine
 from holdfast_agent.core.failures import (
@@ -33,13 +40,6 @@ from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, empty_rows
 from holdfast_agent.core.pages import OwedPages
 from holdfast_agent.core.payloads import Hello
 from holdfast_agent.core.slabs import SlabPool
-from holdfast_agent.host.worker_messages import (
-    Finished,
-    Introduced,
-    Ordered,
-    PeerConnected,
-    WantSeedingFailed,
-)
 from holdfast_agent.memory import zero_pages
 from holdfast_agent.transport.opening import PeerRefused, greet
 from holdfast_agent.worker_order import hello_of

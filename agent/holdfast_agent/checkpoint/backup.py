@@ -15,6 +15,7 @@ from holdfast_agent.checkpoint.figures import BackupFigures
 from holdfast_agent.checkpoint.ports import AgentPort, Peer, Standby
 from holdfast_agent.checkpoint.waiting import WaitReadable, wait_readable
 from holdfast_agent.checkpoint.wants import Wants, decision_of_order, decision_of_verdict
+from holdfast_agent.checkpoint.worker_messages import Decided, Happened, Ordered
 from holdfast_agent.core import actions as act
 from holdfast_agent.core.backup import BackupMachine, BackupState
 from holdfast_agent.core.failures import PeerLost, StagingFull, VirtualMachineFailed
@@ -25,7 +26,6 @@ from holdfast_agent.core.peer_messages import (
     FarewellArrived,
     PagesArrived,
 )
-from holdfast_agent.host.worker_messages import Decided, Happened, Ordered
 from holdfast_api.messages import Assignment
 from holdfast_api.words import ClaimReason, EventKind, HostId, WorkerPhase
 

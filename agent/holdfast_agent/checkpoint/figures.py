@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from holdfast_agent.checkpoint.capture import Checkpoint
 from holdfast_agent.checkpoint.seeding import SeedingFigures
+from holdfast_agent.checkpoint.worker_messages import Reported
 from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES
 from holdfast_agent.core.statistics import Counters, Window
-from holdfast_agent.host.worker_messages import Reported
 from holdfast_api.records import SeedingProgress, WorkerReport
 from holdfast_api.words import Epoch, Generation, Role, VmId, WorkerPhase
 

@@ -18,10 +18,10 @@ If anything of it fails: vm.abandon_capture(), plug.reopen_epoch(), and the page
 from collections.abc import Sequence
 from typing import Protocol
 
+from holdfast_agent.checkpoint.worker_messages import ToAgent, ToWorker
 from holdfast_agent.core.failures import VirtualMachineFailed
 from holdfast_agent.core.memory_map import MemoryMap, PageIndexes, PageRows
 from holdfast_agent.core.peer_messages import PeerMessage
-from holdfast_agent.host.worker_messages import ToAgent, ToWorker
 from holdfast_api.words import Epoch
 
 __all__ = [
@@ -273,7 +273,7 @@ class Peer(Protocol):
 
 
 class AgentPort(Protocol):
-    """The agent as its worker sees it; see `host.worker_messages`."""
+    """The agent as its worker sees it; see `checkpoint.worker_messages`."""
 
     @property
     def is_drained(self) -> bool:

@@ -23,6 +23,7 @@ from holdfast_agent.checkpoint.ports import (
 from holdfast_agent.checkpoint.seeding import Seeding
 from holdfast_agent.checkpoint.waiting import FOREVER_NS, WaitReadable, wait_readable
 from holdfast_agent.checkpoint.wants import Wants, decision_of_order, decision_of_verdict
+from holdfast_agent.checkpoint.worker_messages import Decided, Noted, Ordered
 from holdfast_agent.core import actions as act
 from holdfast_agent.core.epoch import PrimaryMachine, PrimaryState
 from holdfast_agent.core.failures import (
@@ -33,7 +34,6 @@ from holdfast_agent.core.failures import (
 from holdfast_agent.core.memory_map import NO_PAGES
 from holdfast_agent.core.pacing import Pacing
 from holdfast_agent.core.peer_messages import AcknowledgementArrived, FarewellArrived
-from holdfast_agent.host.worker_messages import Decided, Noted, Ordered
 from holdfast_api.messages import Assignment
 from holdfast_api.words import ClaimReason, HostId, Phase, WorkerPhase
 

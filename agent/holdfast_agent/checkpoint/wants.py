@@ -8,8 +8,13 @@ from collections.abc import Callable
 
 from holdfast_agent.checkpoint.ports import AgentPort
 from holdfast_agent.checkpoint.waiting import FOREVER_NS
+from holdfast_agent.checkpoint.worker_messages import (
+    ToAgent,
+    WantClaim,
+    WantSeeded,
+    WantSeedingFailed,
+)
 from holdfast_agent.core.actions import Decision
-from holdfast_agent.host.worker_messages import ToAgent, WantClaim, WantSeeded, WantSeedingFailed
 from holdfast_api.messages import Assignment, Claim, ClaimVerdict, EventReport
 from holdfast_api.words import ClaimReason, Epoch, EventKind, Generation, HostId, Phase, Role, VmId
 

@@ -10,11 +10,11 @@ import logging
 import socket
 from collections.abc import Callable
 
+from holdfast_agent.checkpoint.worker_messages import PeerConnected
 from holdfast_agent.core.failures import PeerLost
 from holdfast_agent.core.frames import FrameRejected
 from holdfast_agent.core.payloads import Hello, Refusal
 from holdfast_agent.host.worker_link import WorkerLink
-from holdfast_agent.host.worker_messages import PeerConnected
 from holdfast_agent.transport.opening import listen, receive_hello, refuse
 from holdfast_api.words import Generation, VmId
 

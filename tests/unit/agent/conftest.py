@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast_agent.host.worker_messages import Introduced
+from holdfast_agent.checkpoint.worker_messages import Introduced
 from holdfast_api.words import Role
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast_agent.checkpoint.waiting import wait_readable
+from holdfast_agent.checkpoint.worker_messages import TO_AGENT, Finished, Introduced, Ordered
 from holdfast_agent.host.agent_channel import AgentChannel
 from holdfast_agent.host.processes import start_ticks_of
-from holdfast_agent.host.worker_messages import TO_AGENT, Finished, Introduced, Ordered
 
 LIFE_SECONDS = 60.0
 

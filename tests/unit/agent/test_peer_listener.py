@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from tests.unit.agent.agents import until
 
+from holdfast_agent.checkpoint.worker_messages import Introduced, PeerConnected
 from holdfast_agent.core.frames import FrameEncoder, FrameKind
 from holdfast_agent.core.payloads import Hello
 from holdfast_agent.host import peer_listener
 from holdfast_agent.host.agent_channel import AgentChannel
 from holdfast_agent.host.peer_listener import PeerListener
 from holdfast_agent.host.worker_link import WorkerLink
-from holdfast_agent.host.worker_messages import Introduced, PeerConnected
 from holdfast_agent.transport.opening import PeerRefused, greet
 from holdfast_agent.transport.tcp import FrameConnection
 from holdfast_api.words import Generation, Role, VmId

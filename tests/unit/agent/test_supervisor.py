@@ -13,7 +13,7 @@ import pytest
 from tests.unit.agent.agents import NOBODY, Qemu, TestedAgent, make_stub, order, record, until
 
 from holdfast_agent import supervisor
-from holdfast_agent.host.worker_messages import (
+from holdfast_agent.checkpoint.worker_messages import (
     Finished,
     ToAgent,
     WantClaim,

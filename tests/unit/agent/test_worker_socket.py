@@ -13,9 +13,7 @@ import pytest
 from tests.unit.agent.agents import until
 
 from holdfast_agent.checkpoint.wants import REPEAT_NS, Wants
-from holdfast_agent.host.agent_channel import QUEUE_LIMIT, AgentChannel
-from holdfast_agent.host.worker_link import WorkerLink, WorkerUnreachable
-from holdfast_agent.host.worker_messages import (
+from holdfast_agent.checkpoint.worker_messages import (
     Finished,
     Happened,
     Introduced,
@@ -25,6 +23,8 @@ from holdfast_agent.host.worker_messages import (
     ToAgent,
     WantClaim,
 )
+from holdfast_agent.host.agent_channel import QUEUE_LIMIT, AgentChannel
+from holdfast_agent.host.worker_link import WorkerLink, WorkerUnreachable
 from holdfast_api.messages import EventReport
 from holdfast_api.records import WorkerReport
 from holdfast_api.words import ClaimReason, EventKind, Role, WorkerPhase
