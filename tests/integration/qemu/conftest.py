@@ -98,20 +98,24 @@ def guest_images() -> tuple[Path, Path]:
 
 @dataclass
 class Qemu:
-    """A QEMU of the test's, and where its monitor is."""
+    """A QEMU of the test's, and where its monitor is; connections end with it at the latest."""
 
     process: subprocess.Popen[bytes]
     qmp_path: Path
     argv: tuple[str, ...]
     serial: Path
+    connections: list[QmpConnection] = field(default_factory=list)
 
     def connect(self) -> QmpConnection:
-        return QmpConnection.connect(self.qmp_path)
+        self.connections.append(QmpConnection.connect(self.qmp_path))
+        return self.connections[-1]
 
     def console(self) -> bytes:
         return self.serial.read_bytes() if self.serial.exists() else b""
 
     def kill(self) -> None:
+        for connection in self.connections:
+            connection.close()
         self.process.kill()
         self.process.wait()
 
@@ -250,21 +254,6 @@ def outside() -> Iterator[Outside]:
     for name in (*made.taps, near, bridge):
         with contextlib.suppress(OSError):
             remove_tap(name)
-
-
-@pytest.fixture
-def attached(start_qemu: StartQemu) -> Iterator[Callable[[Qemu], QmpConnection]]:
-    """Return a function that connects to a QEMU's monitor; closed at the end."""
-    del start_qemu  # connections close before their QEMUs end
-    opened: list[QmpConnection] = []
-
-    def connect(qemu: Qemu) -> QmpConnection:
-        opened.append(qemu.connect())
-        return opened[-1]
-
-    yield connect
-    for qmp in opened:
-        qmp.close()
 
 
 @pytest.fixture

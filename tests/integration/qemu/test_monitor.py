@@ -82,8 +82,9 @@ def test_a_capture_saves_the_devices_and_the_guest_runs_on(
     machine.begin_capture(final=False)  # nothing was prepared
     machine.wait_standing()
     states.append(machine.finish_capture())
-    assert all(state[:4] == b"QEVM" for state in states)
-    assert len({len(state) for state in states}) == 1
+    # Whole, from the magic to the end mark. How long they are depends on what the firmware does.
+    assert all(state[:4] == b"QEVM" and state[-1:] == b"\0" for state in states)
+    assert min(map(len, states)) > 0.9 * max(map(len, states))
     events = [event.name for event in machine.poll_events()]
     assert events[-2:] == ["STOP", "RESUME"]
     machine.close()
