@@ -6,6 +6,7 @@ sends orders, verdicts and peers' sockets.
 
 import array
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable
@@ -67,14 +68,7 @@ class WorkerLink:
 
     async def read(self, handle: Callable[["WorkerLink", ToAgent], Awaitable[None]]) -> None:
         """Hand every message to `handle` until the worker hangs up."""
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                data = await loop.sock_recv(self._connection, MESSAGE_LIMIT_BYTES)
-            except ConnectionError:
-                return
-            if not data:
-                return
+        while data := await self._receive():
             try:
                 message = TO_AGENT.validate_json(data)
             except ValidationError as error:
@@ -83,6 +77,22 @@ class WorkerLink:
             if isinstance(message, Introduced):
                 self.introduction = message
             await handle(self, message)
+
+    async def _receive(self) -> bytes:
+        """Return the next message; nothing when the worker has hung up and all was read.
+
+        A worker that left without reading our last message is a reset connection, which the kernel
+        says once and before the worker's own last words.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.sock_recv(self._connection, MESSAGE_LIMIT_BYTES)
+        except ConnectionResetError:
+            with contextlib.suppress(ConnectionError):
+                return await loop.sock_recv(self._connection, MESSAGE_LIMIT_BYTES)
+        except ConnectionError:
+            pass
+        return b""
 
     async def send(self, message: ToWorker, descriptor: int | None = None) -> bool:
         """Send a message, with a copy of `descriptor` if given; return whether it went out."""

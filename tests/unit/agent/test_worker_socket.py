@@ -353,3 +353,20 @@ def test_sending_to_a_worker_that_is_gone_fails_and_says_so(
 
     run(scene())
     assert not (run_dir / "w.sock").exists()
+
+
+def test_last_words_are_heard_though_the_worker_left_without_reading_ours(
+    channel: AgentChannel, run_dir: Path
+) -> None:
+    async def scene() -> None:
+        link = await connect(channel, run_dir / "w.sock")
+        assert await link.send(Noted(what="seeded"))  # nobody will read it
+        channel.send(event(1))
+        channel.send(Finished(outcome="promoted", vm_lives=True))
+        channel.close()
+        listener = Listener(link)
+        await asyncio.wait_for(listener.task, PATIENCE_SECONDS)
+        assert listener.heard == [event(1), Finished(outcome="promoted", vm_lives=True)]
+        link.close()
+
+    run(scene())
