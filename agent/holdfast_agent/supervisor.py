@@ -27,6 +27,7 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from holdfast_agent.checkpoint.worker_messages import (
     Decided,
@@ -57,8 +58,10 @@ LOGGER = logging.getLogger(__name__)
 WORKER_START_SECONDS = 20.0
 ADOPTION_SECONDS = 5.0
 ADOPTION_AGAIN_SECONDS = 0.5
-"""All other orders of this host wait for it."""
+"""All other orders of this VM wait for it."""
 LOG_LIMIT_BYTES = 4 << 20
+ORDERS_AT_ONCE_MAX = 4
+"""A worker that starts needs a core for most of a second."""
 
 
 class Supervisor:
@@ -82,7 +85,8 @@ class Supervisor:
         self._claims: dict[str, asyncio.Task[None]] = {}
         self._verdicts: dict[str, ClaimVerdict] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lock = asyncio.Lock()
+        self._locks: WeakValueDictionary[VmId, asyncio.Lock] = WeakValueDictionary()
+        self._at_once = asyncio.Semaphore(ORDERS_AT_ONCE_MAX)
         self._run = config.run_dir / "workers"
 
     # --- what others ask --------------------------------------------------------------------------
@@ -159,14 +163,24 @@ class Supervisor:
     # --- assignments ------------------------------------------------------------------------------
 
     async def apply(self, assignments: tuple[Assignment, ...]) -> None:
-        """Bring this host into line with its assignments."""
-        async with self._lock:
-            for assignment in assignments:
-                try:
-                    if self._accept(assignment):
-                        await self._carry_out(assignment)
-                except (OSError, VirtualMachineFailed) as error:  # a full disk, a stubborn process
-                    LOGGER.error("%s can not be carried out now: %s", assignment.vm, error)  # noqa: TRY400 - it comes again
+        """Bring this host into line with its assignments; returns when all were carried out.
+
+        VM by VM in the order of the calls; different VMs do not wait for each other's workers.
+        """
+        done = await asyncio.gather(
+            *(self._apply(assignment) for assignment in assignments), return_exceptions=True
+        )
+        for error in done:  # the first one; all were given their chance
+            if error is not None:
+                raise error
+
+    async def _apply(self, assignment: Assignment) -> None:
+        async with self._locks.setdefault(assignment.vm, asyncio.Lock()), self._at_once:
+            try:
+                if self._accept(assignment):
+                    await self._carry_out(assignment)
+            except (OSError, VirtualMachineFailed) as error:  # a full disk, a stubborn process
+                LOGGER.error("%s can not be carried out now: %s", assignment.vm, error)  # noqa: TRY400 - it comes again
 
     def _accept(self, assignment: Assignment) -> bool:
         entry = self._ledger.entry(assignment.vm)

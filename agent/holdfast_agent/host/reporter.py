@@ -15,6 +15,7 @@ from holdfast_api.client import AgentClient
 from holdfast_api.errors import Refused, Unavailable
 from holdfast_api.messages import (
     Assignment,
+    Assignments,
     Claim,
     ClaimVerdict,
     EventReport,
@@ -49,7 +50,7 @@ class Outbox:
         self._event_sender: asyncio.Task[None] | None = None
         self.beat = asyncio.Event()
         self.position = 0
-        """Position of the orders that a heartbeat's answer brought last."""
+        """Position of the newest orders of a heartbeat's answer that are carried out."""
 
     def beat_now(self) -> None:
         """Send a heartbeat soon; something changed."""
@@ -146,6 +147,37 @@ class Outbox:
                 self._events.popleft()
 
 
+class _Orders:
+    """Carries out answers beside the heartbeats, one at a time.
+
+    It may take seconds (a worker starts on a busy host), and a host that keeps silent meanwhile is
+    given up. An answer that comes before the last one is done is left alone: the next one says it
+    all again.
+    """
+
+    def __init__(self, apply: Apply, outbox: Outbox) -> None:
+        self._apply = apply
+        self._outbox = outbox
+        self._task: asyncio.Task[None] | None = None
+
+    def take(self, answer: Assignments) -> None:
+        """Begin with an answer, unless one is being carried out; raises what ended the last one."""
+        if self._task is not None:
+            if not self._task.done():
+                return
+            self._task.result()
+        self._task = asyncio.create_task(self._carry_out(answer))
+
+    def close(self) -> None:
+        """End what is being done."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _carry_out(self, answer: Assignments) -> None:
+        await self._apply(answer.assignments)
+        self._outbox.position = answer.position
+
+
 async def keep_beating(
     client: AgentClient,
     outbox: Outbox,
@@ -153,30 +185,38 @@ async def keep_beating(
     apply: Apply,
     interval_seconds: float,
 ) -> None:
-    """Send heartbeats for ever and apply what they answer."""
+    """Send heartbeats for ever and apply what they answer, without waiting for that."""
     silent = False
-    while True:
-        outbox.beat.clear()
-        try:
-            answer = await client.heartbeat(await make())
-        except Unavailable as error:
-            if not silent:
-                LOGGER.warning("no controller answers: %s", error)
-            silent = True
-        except Refused as refusal:
-            LOGGER.error("the heartbeat was refused: %s", refusal)  # noqa: TRY400 - no traceback
-        else:
-            if silent:
-                LOGGER.warning("a controller answers again")
-            silent = False
-            outbox.position = answer.position
-            await apply(answer.assignments)
-        try:
-            async with asyncio.timeout(interval_seconds):
-                await outbox.beat.wait()
-        except TimeoutError:
-            continue
-        await asyncio.sleep(0.02)  # what changes together is told together
+    orders = _Orders(apply, outbox)
+    try:
+        while True:
+            outbox.beat.clear()
+            try:
+                answer = await client.heartbeat(await make())
+            except Unavailable as error:
+                if not silent:
+                    LOGGER.warning("no controller answers: %s", error)
+                silent = True
+            except Refused as refusal:
+                LOGGER.error("the heartbeat was refused: %s", refusal)  # noqa: TRY400 - no traceback
+            else:
+                if silent:
+                    LOGGER.warning("a controller answers again")
+                silent = False
+                orders.take(answer)
+            await _pause(outbox, interval_seconds)
+    finally:
+        orders.close()
+
+
+async def _pause(outbox: Outbox, interval_seconds: float) -> None:
+    """Wait for the next heartbeat's time, or until something has changed."""
+    try:
+        async with asyncio.timeout(interval_seconds):
+            await outbox.beat.wait()
+    except TimeoutError:
+        return
+    await asyncio.sleep(0.02)  # what changes together is told together
 
 
 async def keep_polling(client: AgentClient, apply: Apply) -> None:
