@@ -64,7 +64,8 @@ class VmFinder:
 
     def _look(self, busy: frozenset[VmId], at_once: bool) -> None:  # noqa: FBT001 - passed on
         now = time.monotonic()
-        held = {str(self._sockets[vm]) for vm in busy if vm in self._sockets}
+        # Standbys' too: they are no VMs yet, and will be looked at once their worker has gone.
+        held = {str(self.socket_of(vm)) for vm in busy}
         paths = sorted({path for pattern in self._patterns for path in glob.glob(pattern)})  # noqa: PTH207
         for path in paths[:SOCKETS_MAX]:
             age_ms = (now - self._looked_at.get(path, float("-inf"))) * 1000
