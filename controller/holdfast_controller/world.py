@@ -22,7 +22,7 @@ from holdfast_api.messages import Heartbeat
 from holdfast_api.records import Event, Policy, ProtectionRecord
 from holdfast_api.words import HostId, PolicyName, VmId
 from holdfast_controller.adapters.etcd import KeyValue, WatchBatch
-from holdfast_controller.adapters.heartbeats import Known, known_of
+from holdfast_controller.adapters.heartbeats import Known, known_of, still_facts
 from holdfast_controller.adapters.keys import BadValue, HostEntry, Kind, decode, split_key
 from holdfast_controller.core.view import (
     HeartbeatView,
@@ -204,7 +204,9 @@ class World:
         before = self._hosts.get(host, HostView(host))
         now = heartbeat_view(heartbeat, key_value.mod_revision)
         self._hosts[host] = replace(before, heartbeat=now)
-        self._known[host] = known_of(key_value)
+        self._known[host] = replace(
+            known_of(key_value), said=heartbeat, at_seconds=self._now_seconds()
+        )
         if before.heartbeat is None or _matters_to_planner(before.heartbeat, now):
             self._wake_planner()
         if (
@@ -281,9 +283,8 @@ def heartbeat_view(heartbeat: Heartbeat, revision: int) -> HeartbeatView:
 
 def _matters_to_planner(before: HeartbeatView, now: HeartbeatView) -> bool:
     """Whether more has changed than figures that move all the time; those wait for the tick."""
-    moving = {"memory_available_bytes": 0}
     return (
         before.vms != now.vms
         or before.held != now.held
-        or before.facts.model_copy(update=moving) != now.facts.model_copy(update=moving)
+        or still_facts(before.facts) != still_facts(now.facts)
     )

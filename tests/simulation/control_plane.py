@@ -78,7 +78,9 @@ class Controller:
         )
         self.control = Control(
             store=store,
-            heartbeats=Heartbeats(client, ttl_seconds=HEARTBEAT_TTL_SECONDS),
+            heartbeats=Heartbeats(
+                client, ttl_seconds=HEARTBEAT_TTL_SECONDS, now_seconds=self.loop.time
+            ),
             world=World(now_seconds=self.loop.time),
             metrics=Metrics(),
         )

@@ -1,5 +1,6 @@
 """A real etcd, real controller processes, and agents played by the test over real HTTP."""
 
+import asyncio
 import contextlib
 import itertools
 import re
@@ -10,12 +11,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import pytest
+
+from holdfast_controller.adapters.etcd import EtcdClient
 
 DEADLINE_SECONDS = 60.0
 """Generous: the machine is small and shared. Nothing is asserted about how long things take."""
@@ -339,6 +343,18 @@ def running_etcd(folder: Path) -> Iterator[Etcd]:
         yield server
     finally:
         server.end()
+
+
+def on_etcd(etcd: Etcd, scene: Callable[[AsyncExitStack, EtcdClient], Awaitable[None]]) -> None:
+    """Run `scene` with a client of its own, on an empty store."""
+
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            client = EtcdClient([etcd.endpoint])
+            stack.push_async_callback(client.close)
+            await scene(stack, client)
+
+    asyncio.run(run())
 
 
 @pytest.fixture(scope="module")

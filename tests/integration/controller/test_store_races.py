@@ -1,21 +1,19 @@
 """Two writers that have both read before either writes: the store lets exactly one through."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from typing import Any
 
 import pytest
-from tests.integration.controller.conftest import Etcd
+from tests.integration.controller.conftest import Etcd, on_etcd
 
 from holdfast_api import transitions
 from holdfast_api.errors import Refused
-from holdfast_api.messages import Claim, ClaimVerdict, Heartbeat
-from holdfast_api.records import HostFacts, HostSettings, PlacementNote, Policy, ProtectionRecord
+from holdfast_api.messages import Claim, ClaimVerdict
+from holdfast_api.records import HostSettings, PlacementNote, Policy, ProtectionRecord
 from holdfast_api.transitions import Outcome
 from holdfast_api.words import ClaimReason, EventKind, Phase
 from holdfast_controller.adapters.etcd import EtcdClient, KeyValue, absent
-from holdfast_controller.adapters.heartbeats import Heartbeats, Known
+from holdfast_controller.adapters.heartbeats import Heartbeats
 from holdfast_controller.adapters.keys import ROOT, HostEntry, Kind, decode, key_of
 from holdfast_controller.adapters.store import EventDraft, Store
 from holdfast_controller.claims import decide_claim
@@ -76,18 +74,6 @@ async def events(client: EtcdClient, kind: EventKind) -> list[KeyValue]:
     return [kv for kv in found if f'"kind":"{kind}"'.encode() in kv.value]
 
 
-def on_etcd(etcd: Etcd, scene: Callable[[AsyncExitStack, EtcdClient], Awaitable[None]]) -> None:
-    """Run `scene` with a client of its own, on an empty store."""
-
-    async def run() -> None:
-        async with AsyncExitStack() as stack:
-            client = EtcdClient([etcd.endpoint])
-            stack.push_async_callback(client.close)
-            await scene(stack, client)
-
-    asyncio.run(run())
-
-
 def control_on(client: EtcdClient) -> Control:
     return Control(Store(client), Heartbeats(client, ttl_seconds=5), World(), Metrics())
 
@@ -102,14 +88,15 @@ def test_of_claims_that_all_read_the_same_record_exactly_one_wins(own_etcd: Etcd
             ("h2", ClaimReason.STREAM_BROKEN),
         ]
         meeting = Meeting(len(claims))
-        deciding: list[Coroutine[Any, Any, ClaimVerdict]] = []
+        deciding: list[asyncio.Task[ClaimVerdict]] = []
         for number, (host, reason) in enumerate(claims):
             meeting_client = ReadsThenMeets(own_etcd.endpoint, meeting)
             stack.push_async_callback(meeting_client.close)
             claim = Claim(
                 vm="vm", generation=4, host=host, claim=f"claim-000{number}", reason=reason
             )
-            deciding.append(decide_claim(control_on(meeting_client), claim))
+            decision = decide_claim(control_on(meeting_client), claim)
+            deciding.append(asyncio.create_task(decision))
         verdicts = await asyncio.gather(*deciding)
         (winner,) = [v for v in verdicts if v.won]
         record, revision = await Store(client).read("vm")
@@ -224,77 +211,5 @@ def test_settings_changed_by_two_at_once_are_both_there(own_etcd: Etcd) -> None:
         entry = decode(stored.key, stored.value)
         assert isinstance(entry, HostEntry)
         assert entry.settings.labels == {"one": "y", "two": "y"}
-
-    on_etcd(own_etcd, scene)
-
-
-def said(version: str) -> Heartbeat:
-    facts = HostFacts(
-        peer_address="h1:7001",
-        memory_total_bytes=1,
-        memory_available_bytes=1,
-        qemu_version="7.2.22",
-        agent_version=version,
-    )
-    return Heartbeat(facts=facts)
-
-
-def test_heartbeats_keep_one_lease_and_find_a_new_one_when_it_is_gone(own_etcd: Etcd) -> None:
-    async def scene(_stack: AsyncExitStack, client: EtcdClient) -> None:
-        heartbeats = Heartbeats(client, ttl_seconds=60)
-        key = key_of(Kind.HEARTBEATS, "h1")
-
-        async def present() -> Known:
-            found = await client.get(key)
-            assert found is not None
-            return Known(found.mod_revision, found.lease)
-
-        await heartbeats.hear("h1", said("1"), Known())
-        first = await present()
-        assert first.lease
-        await heartbeats.hear("h1", said("2"), first)
-        second = await present()
-        assert second.lease == first.lease
-        # Heard by a controller that knows less, it is taken over all the same.
-        await heartbeats.hear("h1", said("3"), Known())
-        third = await present()
-        assert third.revision > second.revision
-        assert third.lease == first.lease
-        await client.lease_revoke(third.lease)
-        assert await client.get(key) is None
-        await heartbeats.hear("h1", said("4"), third)
-        fourth = await present()
-        assert fourth.lease not in (0, third.lease)
-        await client.lease_revoke(fourth.lease)
-        assert await client.get(key) is None, "the heartbeat lives under its lease"
-
-    on_etcd(own_etcd, scene)
-
-
-class LosesLeases(EtcdClient):
-    """A real client whose leases expire the moment after they were kept alive."""
-
-    async def lease_keep_alive(self, lease_id: int) -> int:
-        seconds = await super().lease_keep_alive(lease_id)
-        await self.lease_revoke(lease_id)
-        return seconds
-
-
-def test_a_lease_that_expires_between_its_renewal_and_the_write_is_replaced(
-    own_etcd: Etcd,
-) -> None:
-    async def scene(stack: AsyncExitStack, client: EtcdClient) -> None:
-        key = key_of(Kind.HEARTBEATS, "h1")
-        await Heartbeats(client, ttl_seconds=60).hear("h1", said("1"), Known())
-        before = await client.get(key)
-        assert before is not None
-        losing = LosesLeases([own_etcd.endpoint])
-        stack.push_async_callback(losing.close)
-        known = Known(before.mod_revision, before.lease)
-        revision = await Heartbeats(losing, ttl_seconds=60).hear("h1", said("2"), known)
-        after = await client.get(key)
-        assert after is not None
-        assert after.mod_revision == revision
-        assert after.lease not in (0, before.lease)
 
     on_etcd(own_etcd, scene)
