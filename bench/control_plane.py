@@ -1,11 +1,11 @@
 """How fast claims are decided while a thousand hosts beat.
 
 An etcd and three controller processes on loopback; agents that beat and long-poll as the product's
-own do (they run its `host.reporter`), all in one process of their own; and claims made meanwhile
-from this one: a real claimant does not share an interpreter with 999 others. Every claim is of a
-backup whose primary fell silent: it is won, the planner finds another backup, and the new pair is
-protected again. Everything shares one machine, so the line about processors says how much of the
-time was spent where; where all of it is spent, the figures are the machine's and not the product's.
+own do, all in one process of their own (`light_agents.py`); and claims made meanwhile from here: a
+real claimant does not share an interpreter with 999 others. Every claim is of a backup whose
+primary fell silent: it is won, the planner finds another backup, and the new pair is protected
+again. Everything shares one machine, so the line about processors says how much of the time was
+spent where; where all of it is spent, the figures are the machine's and not the product's.
 
     python -m bench.control_plane [--hosts 1000] [--beat-seconds 1]
 
@@ -26,30 +26,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import httpx
 
-from bench.planning import facts_of, host_name, record_of, vm_of
-from holdfast_agent.host.reporter import Outbox, keep_beating, keep_polling
+from bench.light_agents import agents_process
+from bench.planning import host_name, record_of
 from holdfast_api.agent_client import AgentClient
 from holdfast_api.client import HoldfastClient
 from holdfast_api.errors import HoldfastError
-from holdfast_api.messages import Assignment, Claim, Heartbeat, Holding
-from holdfast_api.records import Policy
-from holdfast_api.words import ClaimReason, HostId, Phase, Role, VmId
+from holdfast_api.messages import Claim
+from holdfast_api.words import ClaimReason
 from holdfast_controller.adapters.etcd import EtcdClient, Put
 from holdfast_controller.adapters.keys import Kind, encode, key_of
 
 CONTROLLERS = 3
 HEARTBEAT_SECONDS = 1.0
-RAMP_SECONDS = 10.0
 SETTLE_SECONDS = 4.0
 CLAIMANTS = 24
 START_SECONDS_MAX = 20.0
-RUN_SECONDS_MAX = 120.0
 PUTS_PER_TXN = 100
 
 # --- processes ------------------------------------------------------------------------------------
@@ -135,102 +131,6 @@ def processor_seconds(pid: int) -> float:
     """Return the processor time that a process has used so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-# --- agents ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class SimulatedAgent:
-    """A host without QEMU: takes what it is assigned and reports it as done at once."""
-
-    name: HostId
-    number: int
-    outbox: Outbox
-    orders: dict[VmId, Assignment] = field(default_factory=dict)
-    beats: int = 0
-
-    async def heartbeat(self) -> Heartbeat:
-        """Return what the host has: a VM where it is primary, something held for each order."""
-        self.beats += 1
-        orders = self.orders.values()
-        return Heartbeat(
-            facts=facts_of(self.number),
-            vms=tuple(vm_of(order.vm) for order in orders if order.role is Role.PRIMARY),
-            holdings=tuple(
-                Holding(vm=order.vm, generation=order.generation, role=order.role)
-                for order in orders
-            ),
-        )
-
-    async def apply(self, assignments: tuple[Assignment, ...]) -> None:
-        """Do as told; a backup is filled at once."""
-        for order in assignments:
-            known = self.orders.get(order.vm)
-            if known is not None and known.generation > order.generation:
-                continue
-            if known is not None and order.role is not known.role:
-                self.outbox.beat_now()
-            if order.role is Role.NONE:
-                self.orders.pop(order.vm, None)
-                continue
-            self.orders[order.vm] = order
-            if order.role is Role.PRIMARY and order.phase is Phase.SEEDING:
-                self.outbox.seeded(order.vm, order.generation, lambda: None)
-
-
-async def live(
-    agent_count: int, urls: list[str], beat_seconds: float, started: Event, ended: Event
-) -> None:
-    """Let so many agents beat and poll until `ended`; `started` when the last one does."""
-    verify = ssl.create_default_context()  # one for all: making it takes 15 ms
-    agents: list[SimulatedAgent] = []
-    begun = time.monotonic()
-    async with contextlib.AsyncExitStack() as stack:
-        group = await stack.enter_async_context(asyncio.TaskGroup())
-        tasks: list[asyncio.Task[None]] = []
-        for number in range(agent_count):
-            name = host_name(number)
-            turned = urls[number % len(urls) :] + urls[: number % len(urls)]
-            client = AgentClient(turned, name, verify=verify)
-            stack.push_async_callback(client.aclose)
-            agent = SimulatedAgent(name, number, Outbox(client, name))
-            backed = f"vm{(number - 1) % agent_count:05d}"
-            for vm, role in ((f"vm{number:05d}", Role.PRIMARY), (backed, Role.BACKUP)):
-                agent.orders[vm] = Assignment(
-                    vm=vm, generation=3, role=role, phase=Phase.PROTECTED, policy=Policy()
-                )
-            agents.append(agent)
-            beating = keep_beating(client, agent.outbox, agent.heartbeat, agent.apply, beat_seconds)
-            tasks += [
-                group.create_task(beating),
-                group.create_task(keep_polling(client, agent.apply)),
-            ]
-            due = begun + RAMP_SECONDS * (number + 1) / agent_count
-            await asyncio.sleep(max(due - time.monotonic(), 0))
-        started.set()
-        await report_beats(agents, beat_seconds, ended)
-        for task in tasks:
-            task.cancel()
-        for agent in agents:
-            await agent.outbox.close()
-
-
-async def report_beats(agents: list[SimulatedAgent], beat_seconds: float, ended: Event) -> None:
-    """Wait for the end; print how many heartbeats were sent each second until then."""
-    begun, before = time.monotonic(), sum(agent.beats for agent in agents)
-    await asyncio.to_thread(ended.wait, RUN_SECONDS_MAX)
-    rate = (sum(agent.beats for agent in agents) - before) / (time.monotonic() - begun)
-    wanted = len(agents) / beat_seconds
-    print(f"  {rate:.0f} heartbeats a second of {wanted:.0f} wanted", flush=True)
-
-
-def agents_process(
-    agent_count: int, urls: list[str], beat_seconds: float, started: Event, ended: Event
-) -> None:
-    """Be the process of all agents."""
-    logging.disable(logging.WARNING)  # a thousand agents would say what all of them see
-    asyncio.run(live(agent_count, urls, beat_seconds, started, ended))
 
 
 # --- claims ---------------------------------------------------------------------------------------
