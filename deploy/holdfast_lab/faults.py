@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-from holdfast_lab import control_plane, processes, services, thawer
+from holdfast_lab import clocks, control_plane, processes, services, thawer
 from holdfast_lab.errors import LabRefused
 from holdfast_lab.network import CLIENT
 from holdfast_lab.running import Running
@@ -89,6 +89,26 @@ class Faults(Running):
         processes.send_signal(process, signal.SIGCONT)
         with self.folder.change() as state:
             self._end_thawer(state, control_plane.canonical(state, service))
+
+    def stop_clock(self, host: str) -> None:
+        """Let the monotonic clock of a host's agent and workers stand still, until `run_clock`.
+
+        Raises LabRefused in a lab that was made without such clocks.
+        """
+        self._check_clock(host)
+        clocks.stop(self.folder, host)
+
+    def run_clock(self, host: str) -> None:
+        """Let a stopped clock show the time again."""
+        self._check_clock(host)
+        clocks.run(self.folder, host)
+
+    def _check_clock(self, host: str) -> None:
+        state = self.state
+        if not state.clocks:
+            raise LabRefused(f"the clocks of lab {state.name} can not be stopped: clocks=True")
+        if host not in state.hosts:
+            raise LabRefused(f"there is no host {host}: {', '.join(state.hosts)}")
 
     def _end_thawer(self, state: LabState, name: str) -> None:
         known = state.processes.pop(f"{THAW}{name}", None)

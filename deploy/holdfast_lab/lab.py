@@ -56,15 +56,16 @@ class Lab(Faults):
         components: Sequence[str] = COMPONENTS,
         accelerator: str = "tcg",
         memory_total_bytes: int | None = None,
+        clocks: bool = False,
         owned: bool = True,
         say: Say = lambda _: None,
     ) -> Self:
         """Make a lab, in the place of one with the same name, and wait until it works.
 
-        `controllers`, `etcd`: how many replicas, how many members; several have a machine each. An
-        `owned` lab ends with the calling process, at the latest when another comes up. Leaves
-        nothing behind when it fails: raises LabRefused for what cannot be, LabTimedOut (with the
-        end of the log) when a service does not come up.
+        `controllers`, `etcd`: how many replicas, how many members; several have a machine each.
+        `clocks`: the hosts' clocks can be stopped. An `owned` lab ends with the calling process, at
+        the latest when another comes up. Leaves nothing behind when it fails: raises LabRefused for
+        what cannot be, LabTimedOut (with the end of the log) when a service does not come up.
         """
         folder = Folder(name)
         if not 1 <= hosts <= HOSTS_MAX:
@@ -79,6 +80,7 @@ class Lab(Faults):
             components=tuple(components),
             accelerator=accelerator,
             memory_total_bytes=memory_total_bytes,
+            clocks=clocks,
             owner=processes.this_process() if owned else None,
             hosts={f"h{number}": True for number in range(1, hosts + 1)},
             replicas=replicas,

@@ -53,6 +53,7 @@ class Running:
                 plan.argv,
                 log=self.folder.log(plan.name),
                 namespace=self.network.namespace(plan.party),
+                environment=plan.environment,
             )
 
     def stop(self, service: str) -> None:

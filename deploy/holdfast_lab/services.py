@@ -6,9 +6,9 @@ Writes the configuration files; starts nothing.
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from holdfast_lab import control_plane
+from holdfast_lab import clocks, control_plane
 from holdfast_lab.errors import LabRefused
 from holdfast_lab.network import party_address
 from holdfast_lab.paths import find_tool
@@ -31,6 +31,8 @@ class Service:
     name: str
     party: str
     argv: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    """Beside the machine's own."""
 
 
 def check_components(components: tuple[str, ...]) -> None:
@@ -55,7 +57,8 @@ def describe(folder: Folder, state: LabState, name: str) -> Service:
         argv = (_etcd if kind == control_plane.ETCD else _controller)(folder, state, name)
         return Service(name, control_plane.party_of(name), argv)
     if kind == "agent" and host in state.hosts and "agents" in state.components:
-        return Service(name, host, _agent(folder, state, host))
+        environment = clocks.environment(folder, host) if state.clocks else {}
+        return Service(name, host, _agent(folder, state, host), environment)
     raise LabRefused(f"this lab has no service {name!r}: it has {', '.join(service_names(state))}")
 
 

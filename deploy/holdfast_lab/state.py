@@ -51,6 +51,8 @@ class LabState(BaseModel):
     """Sender and receiver."""
     replicas: dict[str, int] = {}
     """How many there are of `etcd` and of `controller`; one of what is not named."""
+    clocks: bool = False
+    """The hosts' clocks can be stopped."""
     ports: tuple[int, ...] = ()
     """On the machine's own loopback; each leads to a controller."""
     guests_started: int = 0

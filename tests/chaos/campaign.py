@@ -164,7 +164,8 @@ class Campaign:
         vm = next((vm for vm in self.vms if vm.name == event.vm), None)
         stall = None if vm is None else vm.stall_seconds(running_ns / 1e9)
         episode.failovers += 1
-        if stall is not None:
+        # A host whose clock stopped does not know when it began to run the guest.
+        if stall is not None and not any("clock" in name for name in episode.faults):
             self.report.note_stall(stall, alone=len(episode.faults) == 1)
 
     def _new_events(self) -> list[Event]:

@@ -95,6 +95,16 @@ def fill_disk(which: Hosts, scene: Scene, vm: str) -> bool:
     return bool(hosts)
 
 
+def stop_clock(which: Hosts, scene: Scene, vm: str) -> bool:
+    """For the agent and the workers of these hosts no time passes; then it jumps."""
+    hosts = which(scene, vm)
+    for host in hosts:
+        scene.act(f"the clock of {host} stops", host)
+        scene.lab.stop_clock(host)
+        scene.to_mend(f"the clock of {host} runs", partial(scene.lab.run_clock, host))
+    return bool(hosts)
+
+
 # --- processes ------------------------------------------------------------------------------------
 
 
@@ -269,6 +279,8 @@ FAULTS = (
     _fault("host of the primary stands still", 3, stand_still, primary_of),
     _fault("host of the backup stands still", 1, stand_still, backup_of),
     _fault("disk full", 1, fill_disk, any_host),
+    _fault("clock of the primary stopped", 1.5, stop_clock, primary_of),
+    _fault("clock of the backup stopped", 1.5, stop_clock, backup_of),
     _fault("controller killed", 2, kill_some, CONTROLLER, 1),
     _fault("controller frozen", 2, freeze_some, CONTROLLER, 1),
     _fault("two controllers frozen", 0.7, freeze_some, CONTROLLER, 2),
