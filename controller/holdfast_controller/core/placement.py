@@ -30,6 +30,7 @@ MEMORY_RESERVE_BYTES = 64 * MEBIBYTE
 """Left free on a backup beside the VM's memory: the standby QEMU's own needs and one checkpoint."""
 REJECTIONS_MAX = 32
 """Hosts that a note names; more of them tell an operator nothing new."""
+WOULD_DO = "would do, but the chosen one is preferred"
 RETRY_SECONDS_FIRST = 5.0
 RETRY_SECONDS_MAX = 300.0
 
@@ -53,6 +54,8 @@ class Occupancy:
     ranks: dict[HostId, Rank] = field(default_factory=dict)
     suited: "dict[_Wish, _Suited]" = field(default_factory=dict)
     """What this pass has worked out already."""
+    rejections: dict[tuple[HostId, str], Rejection] = field(default_factory=dict)
+    """The same sentences are said of the same hosts in many notes of a pass."""
 
     @classmethod
     def of(cls, view: View) -> "Occupancy":
@@ -88,6 +91,13 @@ class Occupancy:
         if record.backup is not None:
             still = _still_taken_bytes(view, record) if record.phase is Phase.SEEDING else 0
             self.assign(record.vm, record.backup, still)
+
+    def reject(self, host: HostId, reason: str) -> Rejection:
+        """Return the sentence said of a host."""
+        known = self.rejections.get((host, reason))
+        if known is None:
+            known = self.rejections[host, reason] = Rejection(host=host, reason=reason)
+        return known
 
     def assign(self, vm: VmId, host: HostId, memory_bytes: int) -> None:
         """Count `host` as the backup of `vm`, still to be filled with `memory_bytes`."""
@@ -142,10 +152,11 @@ def choose(view: View, occupancy: Occupancy, protection: ProtectionView) -> Plac
     facts = view.vm_facts(record.primary, record.vm)
     if facts is None:
         sentence = f"nothing is known of the VM: {record.primary} does not report it"
-        return _nobody(view, sentence)
+        return _nobody(view, occupancy, sentence)
     blocking = [i.code for i in facts.issues if i.severity is Severity.BLOCKING]
     if blocking:
-        return _nobody(view, f"the VM can not be protected as it is: {', '.join(blocking)}")
+        sentence = f"the VM can not be protected as it is: {', '.join(blocking)}"
+        return _nobody(view, occupancy, sentence)
     return _decide(_Search(view, occupancy, record, facts, protection.since_seconds))
 
 
@@ -155,8 +166,8 @@ def retry_after_seconds(setback: Setback) -> float:
     return min(RETRY_SECONDS_FIRST * float(2**exponent), RETRY_SECONDS_MAX)
 
 
-def _nobody(view: View, sentence: str) -> PlacementNote:
-    return _note(None, dict.fromkeys(view.hosts, sentence), ())
+def _nobody(view: View, occupancy: Occupancy, sentence: str) -> PlacementNote:
+    return _note(occupancy, None, dict.fromkeys(view.hosts, sentence), ())
 
 
 def _decide(search: _Search) -> PlacementNote:
@@ -167,7 +178,8 @@ def _decide(search: _Search) -> PlacementNote:
     reasons |= _objections_of_its_own(search)
     best = (_best(search.occupancy, queue, reasons) for queue in suited.queues)
     chosen = next((name for name in best if name is not None), None)
-    return _note(chosen, reasons, (n for n in suited.names if n != chosen and n not in reasons))
+    others = (name for name in suited.names if name != chosen and name not in reasons)
+    return _note(search.occupancy, chosen, reasons, others)
 
 
 def _best(occupancy: Occupancy, queue: list[Rank], reasons: dict[HostId, str]) -> HostId | None:
@@ -191,13 +203,16 @@ def _best(occupancy: Occupancy, queue: list[Rank], reasons: dict[HostId, str]) -
 
 
 def _note(
-    chosen: HostId | None, reasons: dict[HostId, str], others: Iterable[HostId]
+    occupancy: Occupancy,
+    chosen: HostId | None,
+    reasons: dict[HostId, str],
+    others: Iterable[HostId],
 ) -> PlacementNote:
     """Name hosts passed over, by name; `others`, that would do, fill what room is left."""
     named = {name: reasons[name] for name in sorted(reasons)[:REJECTIONS_MAX]}
     for name in islice(others, REJECTIONS_MAX - len(named)):
-        named[name] = f"would do, but {chosen} is preferred"
-    rejections = tuple(Rejection(host=name, reason=named[name]) for name in sorted(named))
+        named[name] = WOULD_DO
+    rejections = tuple(occupancy.reject(name, named[name]) for name in sorted(named))
     return PlacementNote(chosen=chosen, rejections=rejections)
 
 

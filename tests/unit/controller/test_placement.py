@@ -26,6 +26,7 @@ from holdfast_api.records import (
 from holdfast_api.words import Phase, Role, WorkerPhase
 from holdfast_controller.core.placement import (
     MEMORY_RESERVE_BYTES,
+    WOULD_DO,
     Occupancy,
     choose,
     retry_after_seconds,
@@ -240,7 +241,7 @@ def ranked(*hosts: HostView, records: tuple[ProtectionRecord, ...] = (), **wante
     note = search(seen)
     assert note.chosen is not None
     for passed in {h.host for h in hosts} - {note.chosen}:
-        assert reasons(note)[passed] == f"would do, but {note.chosen} is preferred"
+        assert reasons(note)[passed] == WOULD_DO
     return note.chosen
 
 

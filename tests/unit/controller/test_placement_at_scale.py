@@ -18,7 +18,7 @@ from tests.unit.controller.worlds import (
 
 from holdfast_api.records import Policy, Setback
 from holdfast_controller.core import placement
-from holdfast_controller.core.placement import REJECTIONS_MAX, Occupancy, choose
+from holdfast_controller.core.placement import REJECTIONS_MAX, WOULD_DO, Occupancy, choose
 from holdfast_controller.core.view import HostView, View
 
 WISHES = {
@@ -81,7 +81,7 @@ def test_the_short_way_answers_as_every_rule_of_every_host_would(wish: str) -> N
         assert note.chosen == (fit[0].host if fit else None)
         for name, objection in objections.items():
             if name != note.chosen:
-                expected = objection or f"would do, but {note.chosen} is preferred"
+                expected = objection or WOULD_DO
                 assert reasons(note)[name] == expected
         if note.chosen is not None:
             occupancy.assign(vm, note.chosen, 400 * MEBIBYTE)
