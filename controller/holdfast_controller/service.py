@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,8 @@ from holdfast_controller.world import World
 
 logger = logging.getLogger(__name__)
 
+SWITCH_SECONDS = 0.0005
+"""For how long the planner's thread may keep the interpreter while claims wait for it."""
 STOP_SECONDS_MAX = 5
 BACKLOG = 1024
 
@@ -64,6 +67,7 @@ class _Server(uvicorn.Server):
 
 async def serve(config: Config) -> None:
     """Run a controller until it is told to stop. Raises ConfigFaults and OSError at the start."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     with _listen(config) as listener:
         etcd = _connect(config)
         try:
