@@ -166,6 +166,7 @@ class Campaign:
         episode.failovers += 1
         # A host whose clock stopped does not know when it began to run the guest.
         if stall is not None and not any("clock" in name for name in episode.faults):
+            episode.stalls.append(stall)
             self.report.note_stall(stall, alone=len(episode.faults) == 1)
 
     def _new_events(self) -> list[Event]:

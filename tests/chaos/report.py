@@ -30,6 +30,8 @@ class Episode:
     failovers: int = 0
     lost: list[str] = field(default_factory=list)
     """VMs whose both hosts were hurt and that nobody has any more."""
+    stalls: list[float] = field(default_factory=list)
+    """Seconds that clients of each VM that failed over waited for an answer."""
     settled_seconds: float = 0.0
     """Until all was well again, after all was mended."""
 

@@ -133,7 +133,12 @@ class Scene:
                 os.kill(pid, number)
 
     def limit_files(self, host: str, size_bytes: int) -> None:
-        """Let no process of a host write files beyond so many bytes: a full disk."""
+        """Let no process of a host write files beyond so many bytes: a full disk.
+
+        Of a host without power nothing runs that could.
+        """
+        if host not in self.hosts:
+            return
         for pid in processes_in(self.lab.network.namespace(host)):
             with contextlib.suppress(ProcessLookupError):
                 hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
