@@ -16,11 +16,11 @@ import hashlib
 import os
 import re
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast_lab.archive import Archive
+from holdfast_lab.compiling import compiled
 from holdfast_lab.errors import LabRefused
 from holdfast_lab.paths import find_tool, guest_folder, packages_folder
 
@@ -28,7 +28,7 @@ GUEST_FILES = Path(__file__).parent / "guest_files"
 WANTED_MODULES = ("virtio_pci", "virtio_net")
 MINIMUM_MEMORY_MB = 128
 """With less, the kernel finds no room for its own unpacked root and Redis."""
-COMPILE_DEADLINE_SECONDS = 120.0
+LIBRARIES_SECONDS_MAX = 120.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _build_archive(modules: Path) -> bytes:
     archive.add_file("init", (GUEST_FILES / "init").read_bytes(), executable=True)
     archive.add_file("bin/poweroff", (GUEST_FILES / "poweroff").read_bytes(), executable=True)
     archive.add_file("bin/busybox", Path(find_tool("busybox")).read_bytes(), executable=True)
-    archive.add_file("bin/dirty", _compile(GUEST_FILES / "dirty.c"), executable=True)
+    archive.add_file("bin/dirty", compiled(GUEST_FILES / "dirty.c", "-static"), executable=True)
     _add_modules(archive, modules)
     _add_program(archive, "bin/redis-server", find_tool("redis-server"))
     return archive.finish()
@@ -172,27 +172,12 @@ def _libraries(program: str) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=COMPILE_DEADLINE_SECONDS,
+        timeout=LIBRARIES_SECONDS_MAX,
     )
     missing = re.findall(r"(\S+) => not found", done.stdout)
     if missing or done.returncode != 0:
         raise LabRefused(f"{program} lacks {', '.join(missing) or done.stderr}: run ./dev setup")
     return re.findall(r"(?:=> |^\s+)(/\S+)", done.stdout, flags=re.MULTILINE)
-
-
-def _compile(source: Path) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "program"
-        done = subprocess.run(
-            ["gcc", "-O2", "-Wall", "-static", "-o", str(target), str(source)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=COMPILE_DEADLINE_SECONDS,
-        )
-        if done.returncode != 0:
-            raise LabRefused(f"the guest's {source.name} does not compile:\n{done.stderr}")
-        return target.read_bytes()
 
 
 if __name__ == "__main__":

@@ -6,16 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.chaos.scene import until
 from tests.chaos.witness import ROOT, Witness, WitnessDied
 from tests.unit.chaos.passing import arp_frame, tcp_frame
 
 from holdfast_api.client import HoldfastClient
-from holdfast_api.errors import HoldfastError
 from holdfast_api.records import Policy
 from holdfast_api.words import Phase
 from holdfast_lab import namespaces
@@ -32,15 +31,7 @@ GUEST = guest_address(1, 0)
 
 
 def eventually(what: str, probe: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if probe():
-                return
-        except HoldfastError:
-            pass
-        time.sleep(0.05)  # polling with a deadline
-    raise AssertionError(f"{what}: not within {DEADLINE_SECONDS} s")
+    assert until(DEADLINE_SECONDS, probe), what
 
 
 def inject(network: Network, party: str, frame: bytes) -> None:
