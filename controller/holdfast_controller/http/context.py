@@ -7,7 +7,8 @@ from fastapi import Depends, Request
 from holdfast_controller.control import Control
 
 
-def _control(request: Request) -> Control:
+async def _control(request: Request) -> Control:
+    # A coroutine: anything else would be called in a thread, in every request.
     control = request.app.state.control
     assert isinstance(control, Control), "this application was made for its OpenAPI only"
     return control
