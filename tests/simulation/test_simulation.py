@@ -18,8 +18,8 @@ from tests.simulation.kernel import Kernel, RuleBroken
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS_MAX = 280
-FIXED_SEEDS = 120
-"""So many that each kind of fault happens in some, whatever a change of the code makes of a seed."""
+FIXED_SEEDS = 200
+"""So many that each kind of fault happens, whatever a change of the code makes of a seed."""
 FRESH_SEEDS = 20
 STEPS = 2_000
 
