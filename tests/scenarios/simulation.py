@@ -48,6 +48,13 @@ class Process:
             self.has_ended = True
             self._world.back.release()
 
+    def give_back_turn(self) -> None:
+        """Stand still until the next turn. Raises Killed if that is the last one."""
+        self._world.back.release()
+        self.turn.acquire()
+        if self.is_killed:
+            raise Killed
+
     def error(self) -> BaseException | None:
         """Return what ended this process against its will; None if it was killed or returned."""
         error = self._ending.exception(TURN_SECONDS_MAX)
@@ -118,10 +125,7 @@ class World:
         if process.is_killed:
             raise Killed
         process.descriptors, process.deadline_ns = descriptors, deadline_ns
-        self.back.release()
-        process.turn.acquire()
-        if process.is_killed:
-            raise Killed
+        process.give_back_turn()
 
     # --- the scheduler ----------------------------------------------------------------------------
 

@@ -155,10 +155,7 @@ class Kernel(World):
         if process.is_killed:
             raise Killed
         process.checks, process.deadline_ns = checks, deadline_ns
-        self.back.release()
-        process.turn.acquire()
-        if process.is_killed:
-            raise Killed
+        process.give_back_turn()
 
     # --- the scheduler ----------------------------------------------------------------------------
 
