@@ -43,9 +43,10 @@ from holdfast_controller.adapters.keys import Kind, encode, key_of
 
 CONTROLLERS = 3
 HEARTBEAT_SECONDS = 1.0
-SETTLE_SECONDS = 4.0
+SETTLE_SECONDS = 12.0
+"""Every host has been asked for the rhythm of so many by then, and has a lease for it."""
 CLAIMANTS = 24
-START_SECONDS_MAX = 20.0
+START_SECONDS_MAX = 60.0
 PUTS_PER_TXN = 100
 
 # --- processes ------------------------------------------------------------------------------------
@@ -215,6 +216,7 @@ def claims(
         ended, process = start_agents(stack, agent_count, urls, beat_seconds)
         pids["agents"] = process.pid or 0
         time.sleep(SETTLE_SECONDS)
+        until("all are ready", lambda: all(answers(f"{url}/readyz") for url in urls))
         before = {name: processor_seconds(pid) for name, pid in pids.items()}
         begun = time.monotonic()
         milliseconds = asyncio.run(make_claims(urls, agent_count, claim_count, seconds))

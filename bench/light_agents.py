@@ -10,6 +10,7 @@ Touches TCP. Every connection ends with the process, which ends with its parent.
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,16 +19,42 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench.planning import facts_of, host_name, vm_of
+from holdfast_agent.host.reporter import POLL_MS, RETRY_SECONDS, RETRY_SECONDS_MAX
 from holdfast_api.messages import Heartbeat, Holding, SeededReport
 from holdfast_api.words import Generation, HostId, Phase, Role, VmId
 
-RAMP_SECONDS = 10.0
-RUN_SECONDS_MAX = 120.0
-ANSWER_SECONDS_MAX = 15.0
-RETRY_SECONDS = 0.5
-POLL_MS = 5000
+RAMP_SECONDS = 30.0
+"""As long as figures stay unwritten at a thousand hosts: from then on these are spread evenly."""
+RUN_SECONDS_MAX = 180.0
+ANSWER_SECONDS_MAX = 30.0
 
 # --- HTTP -----------------------------------------------------------------------------------------
+
+
+class Answers(asyncio.Protocol):
+    """The near end of a connection: one request, one answer."""
+
+    def __init__(self) -> None:
+        """Wait for nothing yet."""
+        self.answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self._read = b""
+
+    def data_received(self, data: bytes) -> None:
+        """Note what came; the answer is there when its body is."""
+        self._read += data
+        head, found, body = self._read.partition(b"\r\n\r\n")
+        if not found:
+            return
+        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+        if len(body) == length:
+            self._read = b""
+            if self.answer is not None and not self.answer.done():
+                self.answer.set_result((int(head.split(b" ", 2)[1]), body))
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        """End the wait."""
+        if self.answer is not None and not self.answer.done():
+            self.answer.set_exception(ConnectionResetError("hung up"))
 
 
 class Connection:
@@ -36,34 +63,36 @@ class Connection:
     def __init__(self, urls: Sequence[str]) -> None:
         """Begin with the first URL."""
         self._urls = list(urls)
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._ends: tuple[asyncio.Transport, Answers] | None = None
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         """Return status and body; status 0 if nobody answered."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS_MAX):
                 return await self._ask(method, path, body)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+        except (OSError, TimeoutError):
             self.close()
             self._urls.append(self._urls.pop(0))
             return 0, b""
 
     async def _ask(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        if self._streams is None:
+        loop = asyncio.get_running_loop()
+        if self._ends is None or self._ends[0].is_closing():
             where = urlsplit(self._urls[0])
-            self._streams = await asyncio.open_connection(where.hostname, where.port)
-        reader, writer = self._streams
+            assert where.hostname is not None
+            assert where.port is not None
+            self._ends = await loop.create_connection(Answers, where.hostname, where.port)
+        transport, answers = self._ends
+        answers.answer = loop.create_future()
         head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n"
-        writer.write(f"{head}content-type: application/json\r\n\r\n".encode() + body)
-        answered = (await reader.readuntil(b"\r\n\r\n")).lower()
-        length = answered.partition(b"content-length:")[2].partition(b"\r\n")[0]
-        return int(answered.split(b" ", 2)[1]), await reader.readexactly(int(length))
+        transport.write(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+        return await answers.answer
 
     def close(self) -> None:
         """Hang up."""
-        if self._streams is not None:
-            self._streams[1].close()
-            self._streams = None
+        if self._ends is not None:
+            self._ends[0].close()
+            self._ends = None
 
 
 # --- agents ---------------------------------------------------------------------------------------
@@ -80,35 +109,49 @@ class LightAgent:
     position: int = 0
     beats: int = 0
     _seeded: set[tuple[VmId, Generation]] = field(default_factory=set)
-    _told: bytes = b""
-    _beaten: bytes = b""
+    _taken: list[dict[str, Any]] = field(default_factory=list)
     _body: bytes = b""
+    _wanted: float = 0.0
 
     async def beat(self, seconds: float) -> None:
         """Send heartbeats for ever."""
         connection = Connection(self.urls)
         path = f"/v1/agent/hosts/{self.name}/heartbeat"
-        due = time.monotonic()
+        looks, due, retry = time.monotonic(), 0.0, seconds
         while True:
-            status, answer = await connection.ask("POST", path, self._body or self._say())
-            self.beats += 1
-            if status == 200:
-                await self._take(answer, connection, is_beat=True)
-            due = max(due + seconds, time.monotonic())
-            await asyncio.sleep(due - time.monotonic())
+            if not self._body or time.monotonic() >= due:
+                status, answer = await connection.ask("POST", path, self._body or self._say())
+                self.beats += 1
+                if status == 200:
+                    told = json.loads(answer)
+                    await self._take(told, connection)
+                    if told["position"] != self.position:
+                        self.position, self._body = told["position"], b""
+                    self._wanted, retry = told["beat_seconds"], seconds
+                    due = time.monotonic() + self._wanted * (1 - random.random() / 10)
+                else:
+                    due = time.monotonic() + retry
+                    retry = min(2 * retry, max(self._wanted, RETRY_SECONDS_MAX, seconds))
+            looks = max(looks + seconds, time.monotonic())
+            await asyncio.sleep(looks - time.monotonic())
 
     async def poll(self) -> None:
         """Wait for newer orders for ever."""
         connection = Connection(self.urls)
-        position = 0
+        position, retry = 0, RETRY_SECONDS
         while True:
             path = f"/v1/agent/hosts/{self.name}/assignments?after={position}&wait_ms={POLL_MS}"
             status, answer = await connection.ask("GET", path)
             if status == 200:
-                position = json.loads(answer)["position"]
-                await self._take(answer, connection, is_beat=False)
+                told = json.loads(answer)
+                position = told["position"]
+                await self._take(told, connection)
+                if position > self.position:
+                    self.position, self._body = position, b""
+                retry = RETRY_SECONDS
             else:
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(retry * (0.5 + random.random() / 2))
+                retry = min(2 * retry, RETRY_SECONDS_MAX)
 
     def _say(self) -> bytes:
         heartbeat = Heartbeat(
@@ -123,15 +166,12 @@ class LightAgent:
         self._body = heartbeat.model_dump_json().encode()
         return self._body
 
-    async def _take(self, answer: bytes, connection: Connection, *, is_beat: bool) -> None:
-        """Do as told. An answer that was taken before costs nothing."""
-        if answer != self._told:
-            for order in json.loads(answer)["assignments"]:
+    async def _take(self, told: dict[str, Any], connection: Connection) -> None:
+        """Do as told. What was done before costs nothing."""
+        if told["assignments"] != self._taken:
+            for order in told["assignments"]:
                 await self._obey(order, connection)
-            self._told, self._body = answer, b""
-        if is_beat and answer != self._beaten:
-            self.position = json.loads(answer)["position"]
-            self._beaten, self._body = answer, b""
+            self._taken, self._body = told["assignments"], b""
 
     async def _obey(self, order: dict[str, Any], connection: Connection) -> None:
         vm, generation, role = order["vm"], order["generation"], Role(order["role"])

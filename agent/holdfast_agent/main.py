@@ -63,7 +63,7 @@ async def run_agent(config: AgentConfig) -> None:
             keep_beating(
                 client, outbox, make_heartbeat, supervisor.apply, config.heartbeat_ms / 1000
             ),
-            keep_polling(client, supervisor.apply),
+            keep_polling(client, outbox, supervisor.apply),
             listener.serve(),
         ]
         try:

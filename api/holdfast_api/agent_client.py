@@ -32,6 +32,7 @@ from holdfast_api.messages import (
     ClaimVerdict,
     EventReport,
     Heartbeat,
+    HeartbeatAnswer,
     RecordAnswer,
     ReleasedReport,
     SeededReport,
@@ -113,10 +114,10 @@ class AgentClient:
         """Close all connections."""
         await self._http.aclose()
 
-    async def heartbeat(self, heartbeat: Heartbeat) -> Assignments:
+    async def heartbeat(self, heartbeat: Heartbeat) -> HeartbeatAnswer:
         """Say that the host lives and what it has; return its full set of assignments."""
         answer = await self._call("POST", f"{self._host_path}/heartbeat", heartbeat)
-        return read_answer(answer, Assignments)
+        return read_answer(answer, HeartbeatAnswer)
 
     async def assignments(self, after: int, wait_ms: int) -> Assignments:
         """Wait up to `wait_ms` for assignments newer than `after`; return the full set.

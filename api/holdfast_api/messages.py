@@ -23,6 +23,7 @@ from holdfast_api.records import (
     WorkerReport,
 )
 from holdfast_api.words import (
+    BEAT_SECONDS_MAX,
     ClaimReason,
     EventKind,
     Generation,
@@ -118,9 +119,19 @@ class Heartbeat(Model):
     workers: tuple[WorkerReport, ...] = ()
     holdings: tuple[Holding, ...] = ()
     position: int = Field(default=0, ge=0)
-    """The newest `Assignments.position` that a heartbeat's answer had brought when the host began
-    to look at itself. A heartbeat may arrive late, after newer ones: what it says counts as later
+    """The newest `Assignments.position` whose orders were carried out when the host began to look
+    at itself. A heartbeat may arrive late, after newer ones: what it says counts as later
     than the orders up to here, and than no others."""
+
+    def without_figures(self) -> tuple[object, ...]:
+        """Return all but what moves all the time: two of these differ if something happened."""
+        return (
+            self.position,
+            self.facts.without_figures(),
+            self.vms,
+            self.holdings,
+            tuple(report.without_figures() for report in self.workers),
+        )
 
 
 class Assignment(Model):
@@ -138,11 +149,19 @@ class Assignment(Model):
 
 
 class Assignments(Model):
-    """Answer to a heartbeat and to `GET /v1/agent/hosts/{host}/assignments?after=&wait_ms=`."""
+    """Answer to `GET /v1/agent/hosts/{host}/assignments?after=&wait_ms=`."""
 
     position: int = Field(ge=0)
     """Give it back as `after` to wait for something newer."""
     assignments: tuple[Assignment, ...]
+
+
+class HeartbeatAnswer(Assignments):
+    """Answer to a heartbeat."""
+
+    beat_seconds: float = Field(default=0.0, ge=0, le=BEAT_SECONDS_MAX)
+    """The next heartbeat is wanted after so long, or when there is something to tell. A host that
+    keeps its own, shorter rhythm does no harm but work; a longer one, and it counts as silent."""
 
 
 class Claim(Model):

@@ -115,6 +115,10 @@ class HostFacts(Model):
     bridges: tuple[str, ...] = Field(default=(), max_length=256)
     agent_version: str = Field(max_length=64)
 
+    def without_figures(self) -> Self:
+        """Return them without what moves all the time."""
+        return self.model_copy(update={"memory_available_bytes": 0})
+
 
 class HostSettings(Model):
     """What the operator says of a host; kept in etcd, survives the host."""
@@ -298,6 +302,13 @@ class WorkerReport(Model):
     seeding: SeedingProgress | None = None
     counters: dict[str, float] = Field(default_factory=dict)
     """Monotonic counts and sums, by metric name."""
+
+    def without_figures(self) -> tuple[object, ...]:
+        """Return where the worker stands; how far seeding is counts, for somebody waits for it."""
+        return (
+            *(self.vm, self.generation, self.role, self.phase, self.detail),
+            *(self.tracker, self.plug, self.seeding),
+        )
 
 
 class Protection(Model):

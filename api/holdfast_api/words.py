@@ -18,6 +18,8 @@ Generation = Annotated[int, Field(ge=0)]
 """Fencing token of a protection, from 1; 0 stands for "none seen yet"."""
 Epoch = Annotated[int, Field(ge=0)]
 """Ordinal of a checkpoint within a generation, from 1; 0 stands for "none"."""
+BEAT_SECONDS_MAX = 60.0
+"""However many hosts there are, each is asked for a heartbeat at least so often."""
 
 
 class Role(StrEnum):

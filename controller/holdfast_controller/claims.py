@@ -56,10 +56,8 @@ async def _try_to_win(control: Control, claim: Claim) -> Changed:
     stamp = ClaimStamp(claim=claim.claim, host=claim.host, reason=claim.reason)
     now = control.store.now_seconds()
 
-    def decide(record: ProtectionRecord | None) -> Outcome:
-        if record is None:
-            raise _Lost(None, f"there is no protection of {claim.vm}")
-        outcome = transitions.claim(
+    def claimed(record: ProtectionRecord) -> Outcome:
+        return transitions.claim(
             record,
             host=claim.host,
             generation=claim.generation,
@@ -67,6 +65,11 @@ async def _try_to_win(control: Control, claim: Claim) -> Changed:
             reason=claim.reason,
             now_seconds=now,
         )
+
+    def decide(record: ProtectionRecord | None) -> Outcome:
+        if record is None:
+            raise _Lost(None, f"there is no protection of {claim.vm}")
+        outcome = claimed(record)
         if isinstance(outcome, Refusal) and _is_decided(record, claim):
             raise _Lost(record, outcome.explanation)
         return outcome
@@ -75,7 +78,12 @@ async def _try_to_win(control: Control, claim: Claim) -> Changed:
         assert before is not None
         return _event_of_win(claim, before, after)
 
-    return await control.store.change(claim.vm, decide, describe)
+    # A failover waits for this. To be won, the record must be the one that was decided on, so it
+    # may as well be the one we know; everything else is decided on what the store says.
+    guess = control.world.known_record(claim.vm)
+    if guess is not None and (isinstance(won := claimed(guess[0]), Refusal) or won == guess[0]):
+        guess = None
+    return await control.store.change(claim.vm, decide, describe, guess=guess)
 
 
 def _is_decided(record: ProtectionRecord, claim: Claim) -> bool:

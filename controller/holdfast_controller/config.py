@@ -55,9 +55,14 @@ class Config(BaseModel):
     etcd_key_file: Path | None = None
     """The key of our certificate."""
     heartbeat_ttl_seconds: int = Field(default=5, ge=2, le=300)
-    """A host is silent after so long without a heartbeat. Short: a slow network looks like dead
-    hosts, and backups being filled are dropped. Long: re-protection begins late. It does not decide
-    a failover: the two sides do that by themselves. etcd grants nothing below 2 s."""
+    """A host is silent after so long without a heartbeat, or after three of the distances that a
+    large cluster's hosts are asked to keep, if that is longer. Short: a slow network looks like
+    dead hosts, and backups being filled are dropped. Long: re-protection begins late. It does not
+    decide a failover: the two sides do that by themselves. etcd grants nothing below 2 s."""
+    heartbeats_per_second_max: int = Field(default=100, ge=1, le=10_000)
+    """Of all hosts together, at all controllers: with more hosts than this each is asked to beat
+    less often than once a second. Few: a dead host counts as silent late. Many: a controller
+    spends about 2 ms of processor time on each, and claims wait meanwhile."""
     planner_interval_seconds: float = Field(default=1.0, ge=0.05, le=60.0)
     """Longest distance of two planner passes; changes wake it at once. Short: needless work. Long:
     what comes with time alone (trying a failed host again) comes late."""

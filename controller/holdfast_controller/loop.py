@@ -1,6 +1,6 @@
 """What a controller does by itself: follow the store, plan, prune. Needs an event loop and etcd.
 
-Four tasks, each surviving an outage of the store:
+Five tasks, each surviving an outage of the store:
 
 - `follow` keeps the world current by one watch;
 - `probe` writes a key every second and waits until the watch shows it: only then is the world in
@@ -8,7 +8,8 @@ Four tasks, each surviving an outage of the store:
   the last one is read instead, and `/readyz` says what is wrong while everything is readable;
 - `plan` takes a snapshot whenever something the planner looks at has changed, and every interval,
   plans from it in a thread, and carries the plan out, if this controller leads;
-- `leadership` campaigns for that (`leadership.py`).
+- `leadership` campaigns for that (`leadership.py`);
+- `collecting` keeps collections of garbage short (`collecting.py`).
 
 Planning and carrying out are idempotent, so two controllers may do it at once: compare-and-swap
 lets each step happen once. A leader saves the others the work.
@@ -17,12 +18,14 @@ lets each step happen once. A leader saves the others the work.
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from holdfast_api.errors import Unavailable
-from holdfast_controller.adapters.etcd import EtcdClient, EtcdOutOfSpace, EtcdRefused
+from holdfast_controller.adapters.etcd import EtcdClient, EtcdOutOfSpace, EtcdRefused, WatchBatch
 from holdfast_controller.adapters.keys import ROOT
 from holdfast_controller.adapters.store import undecided_when_unavailable
+from holdfast_controller.collecting import Collecting
 from holdfast_controller.control import Control
 from holdfast_controller.core.planner import plan
 from holdfast_controller.executor import execute
@@ -34,7 +37,11 @@ PROBE_SECONDS = 1.0
 REFUSED_PAUSE_SECONDS = 5.0
 PASS_DISTANCE_SECONDS = 0.02
 """Shortest distance of two passes: changes that come together are planned for together."""
+RESTS_PER_PASS = 4
+"""A pass takes the interpreter from all requests: it gets a fifth of the time at most."""
 PRUNED_PER_PASS = 1000
+APPLY_SECONDS_MAX = 0.01
+"""So long requests wait for news of the store at most, before news waits for requests."""
 FOLLOW_SECONDS_MAX = 2.0
 """A write that the watch has not shown after so long: the world is not current."""
 HISTORY_KEPT = 10_000
@@ -68,16 +75,25 @@ class Loop:
             group.create_task(self._probe(), name="probe")
             group.create_task(self._plan(), name="plan")
             group.create_task(self._leadership.run(), name="leadership")
+            group.create_task(Collecting().run(), name="collecting")
 
     async def _follow(self) -> None:
         while True:
             try:
                 async with aclosing(self._etcd.watch(ROOT, from_revision=0)) as batches:
-                    async for batch in batches:
-                        self._control.world.apply(batch)
+                    await self._apply(batches)
             except EtcdRefused as error:
                 logger.error("%s; trying again", error)  # noqa: TRY400 - says all there is
             await asyncio.sleep(REFUSED_PAUSE_SECONDS)
+
+    async def _apply(self, batches: AsyncIterator[WatchBatch]) -> None:
+        """Take batches in; many that wait let others have their turn in between."""
+        rested = time.monotonic()
+        async for batch in batches:
+            self._control.world.apply(batch)
+            if time.monotonic() - rested > APPLY_SECONDS_MAX:
+                await asyncio.sleep(0)
+                rested = time.monotonic()
 
     async def _probe(self) -> None:
         world = self._control.world
@@ -120,8 +136,9 @@ class Loop:
             began = time.monotonic()
             if world.live and self._leadership.leads():
                 await self._pass_in_a_net()
-            # Half of the time at most: where much changes all the time, claims are to be decided.
-            rest_seconds = max(PASS_DISTANCE_SECONDS, time.monotonic() - began)
+            # Where much changes all the time, claims are to be decided, too.
+            took_seconds = time.monotonic() - began
+            rest_seconds = max(PASS_DISTANCE_SECONDS, RESTS_PER_PASS * took_seconds)
             await asyncio.sleep(min(rest_seconds, self._interval_seconds))
             await world.planner_change(seen, self._interval_seconds)
 

@@ -22,7 +22,7 @@ from holdfast_controller.adapters.heartbeats import Heartbeats
 from holdfast_controller.adapters.store import Store
 from holdfast_controller.config import Config, ConfigFaults
 from holdfast_controller.control import Control
-from holdfast_controller.http.app import create_app
+from holdfast_controller.http.app import create_server
 from holdfast_controller.leadership import Leadership
 from holdfast_controller.loop import Loop
 from holdfast_controller.metrics import Metrics
@@ -86,9 +86,11 @@ async def _serve_on(listener: socket.socket, etcd: EtcdClient, config: Config) -
     )
     control = Control(
         store=Store(etcd),
-        heartbeats=Heartbeats(etcd, ttl_seconds=config.heartbeat_ttl_seconds),
+        heartbeats=Heartbeats(etcd),
         world=world,
         metrics=Metrics(),
+        beats_per_second_max=config.heartbeats_per_second_max,
+        silence_seconds=config.heartbeat_ttl_seconds,
         leads=leadership.leads,
     )
     loop = Loop(
@@ -150,7 +152,7 @@ def _connect(config: Config) -> EtcdClient:
 
 def _server_config(control: Control) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(control),
+        create_server(control),
         log_config=None,
         access_log=False,
         lifespan="off",

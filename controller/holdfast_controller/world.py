@@ -22,7 +22,7 @@ from holdfast_api.messages import Heartbeat
 from holdfast_api.records import Event, Policy, ProtectionRecord
 from holdfast_api.words import HostId, PolicyName, VmId
 from holdfast_controller.adapters.etcd import KeyValue, WatchBatch
-from holdfast_controller.adapters.heartbeats import Known, known_of, still_facts
+from holdfast_controller.adapters.heartbeats import Known, known_of
 from holdfast_controller.adapters.keys import BadValue, HostEntry, Kind, decode, split_key
 from holdfast_controller.core.view import (
     HeartbeatView,
@@ -103,9 +103,19 @@ class World:
         """Return the VMs whose record names `host`, in whatever phase."""
         return self._vms_of.get(host, frozenset())
 
+    def known_record(self, vm: VmId) -> tuple[ProtectionRecord, int] | None:
+        """Return the record of `vm` and its revision as last heard; None if there was none."""
+        known = self._protections.get(vm)
+        return None if known is None else (known.record, known.revision)
+
     def known_heartbeat(self, host: HostId) -> Known:
         """Return what the next heartbeat of `host` must know of the present one."""
         return self._known.get(host, Known())
+
+    @property
+    def beating_count(self) -> int:
+        """How many hosts have a heartbeat that counts."""
+        return len(self._known)
 
     def orders_revision(self, host: HostId) -> int:
         """Return the revision at which an order of `host` last changed."""
@@ -251,9 +261,10 @@ class World:
         self.signals.fire("plan")
 
     def _peer_moved(self, backup: HostId, revision: int) -> None:
-        for known in self._protections.values():
-            if known.record.backup == backup:
-                self._order_changed(known.record.primary, revision)
+        for vm in self._vms_of.get(backup, ()):
+            record = self._protections[vm].record
+            if record.backup == backup:
+                self._order_changed(record.primary, revision)
 
     def _order_changed(self, host: HostId, revision: int) -> None:
         self._orders_revision[host] = max(revision, self._orders_revision.get(host, 0))
@@ -286,5 +297,5 @@ def _matters_to_planner(before: HeartbeatView, now: HeartbeatView) -> bool:
     return (
         before.vms != now.vms
         or before.held != now.held
-        or still_facts(before.facts) != still_facts(now.facts)
+        or before.facts.without_figures() != now.facts.without_figures()
     )

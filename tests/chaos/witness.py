@@ -6,9 +6,9 @@ Needs root. Feeds `wire.Wire` from `capture.Capture`, takes commands on its stan
 object a line) and writes its report, whole or not at all, once a second, when asked to, and at the
 end. It ends when its input does, so also when its owner dies, or by SIGTERM.
 
-A command counts from the frames on that enter after it was given, so those that wait are judged
-before it. Drops are asked for before every batch of frames: a frame that found the queue full is
-noticed before what came behind it is judged.
+A command counts from the frames on that enter after it was taken; those that wait are judged
+before it, and who gives one waits until it is taken. Drops are asked for before every batch of
+frames: a frame that found the queue full is noticed before what came behind it is judged.
 
 `Witness` is the owner's side. End it before the lab goes down: it keeps the switch's namespace.
 """
@@ -98,12 +98,14 @@ class Witness:
             self._end()
 
     def name_guest(self, address: str, vm: str) -> None:
-        """Say which VM speaks with this address. Raises WitnessDied."""
+        """Say which VM speaks with this address, from now on. Raises WitnessDied."""
         self._tell({"do": "name-guest", "address": address, "vm": vm})
+        self.read()
 
     def declare_lost(self, address: str) -> None:
         """Say that nothing may come from this address any more. Raises WitnessDied."""
         self._tell({"do": "declare-lost", "address": address})
+        self.read()
 
     def read(self) -> Testimony:
         """Return what it saw until now. Raises WitnessDied."""

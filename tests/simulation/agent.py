@@ -81,12 +81,22 @@ class Agent:
         supervisor = self.supervisor
         await supervisor.adopt()
         await self.finder.look(supervisor.busy_vms())
+        kernel = self.host.kernel
+
+        def share() -> float:
+            return kernel.random.random()
+
         self.loop.create_task(
             keep_beating(
-                self.client, self.outbox, self._heartbeat, supervisor.apply, HEARTBEAT_SECONDS
+                self.client,
+                self.outbox,
+                self._heartbeat,
+                supervisor.apply,
+                HEARTBEAT_SECONDS,
+                share,
             )
         )
-        self.loop.create_task(keep_polling(self.client, supervisor.apply))
+        self.loop.create_task(keep_polling(self.client, self.outbox, supervisor.apply, share))
 
     async def _heartbeat(self) -> Heartbeat:
         position = self.outbox.position

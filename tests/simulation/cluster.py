@@ -35,6 +35,8 @@ from holdfast_api.words import Phase
 STEPS = 6_000
 QUIET_NS = 4 * SECOND
 SETTLE_NS = 420 * SECOND
+BEATS_PER_SECOND = (1, 2, 200)
+"""With the first, every host is asked to beat only each few seconds, as a thousand hosts are."""
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "holdfast-simulation-"
 
@@ -70,8 +72,9 @@ class Simulation:
         kernel.after_step = self.rules.after_step
         self.store = SimulatedStore(kernel, self.network, self.happened)
         self.store.on_change = self.rules.store_changed
+        beats_per_second_max = kernel.random.choice(BEATS_PER_SECOND)
         self.controllers = [
-            Controller(kernel, self.store, name, self._clock(), self.happened)
+            Controller(kernel, self.store, name, self._clock(), self.happened, beats_per_second_max)
             for name in ("c1", "c2")
         ]
         self.cluster = Cluster(

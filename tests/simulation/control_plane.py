@@ -51,6 +51,7 @@ class Controller:
     name: str
     clock: Clock
     happened: Counter[str]
+    beats_per_second_max: int
     loop: SimulatedLoop = field(init=False)
     etcd: SimulatedEtcd = field(init=False)
     control: Control = field(init=False)
@@ -78,11 +79,11 @@ class Controller:
         )
         self.control = Control(
             store=store,
-            heartbeats=Heartbeats(
-                client, ttl_seconds=HEARTBEAT_TTL_SECONDS, now_seconds=self.loop.time
-            ),
+            heartbeats=Heartbeats(client, now_seconds=self.loop.time),
             world=World(now_seconds=self.loop.time),
             metrics=Metrics(),
+            beats_per_second_max=self.beats_per_second_max,
+            silence_seconds=HEARTBEAT_TTL_SECONDS,
         )
         for task in (self._follow(), self._probe(), self._plan()):
             self.loop.spawn(task)

@@ -1,13 +1,20 @@
 """Speaks with the controllers for this host: heartbeats, assignments, claims, reports, events.
 
-Touches HTTP through `AgentClient`. Two loops run for the agent's whole life: a heartbeat in a fixed
-rhythm (or at once, when something changed), and a long poll for assignments. Both hand the full set
-of assignments on. What is put into the outbox is sent until a controller has answered; an answer
-that refuses ends it as well, since repeating would not help.
+Touches HTTP through `AgentClient`. Two loops run for the agent's whole life: heartbeats, and a long
+poll for assignments. Both hand the full set of assignments on. What is put into the outbox is sent
+until a controller has answered; an answer that refuses ends it as well, since repeating would not
+help.
+
+The host looks at itself in a fixed rhythm of its own, and tells the controllers when something has
+changed, otherwise as often as they ask for: of a thousand hosts, none beats every second. While no
+controller answers, polls are tried again ever less often, and each host's at a time of its own: a
+control plane that comes back must not find all hosts at its door. A heartbeat carries the orders as
+well, so none of them waits for a poll for long.
 """
 
 import asyncio
 import logging
+import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -29,7 +36,8 @@ from holdfast_api.words import Generation, HostId, VmId
 LOGGER = logging.getLogger(__name__)
 EVENT_LIMIT = 1024
 RETRY_SECONDS = 0.5
-POLL_MS = 5000
+RETRY_SECONDS_MAX = 5.0
+POLL_MS = 20_000
 
 Apply = Callable[[tuple[Assignment, ...]], Awaitable[None]]
 
@@ -50,7 +58,7 @@ class Outbox:
         self._event_sender: asyncio.Task[None] | None = None
         self.beat = asyncio.Event()
         self.position = 0
-        """Position of the newest orders of a heartbeat's answer that are carried out."""
+        """Position of the newest orders that are carried out."""
 
     def beat_now(self) -> None:
         """Send a heartbeat soon; something changed."""
@@ -178,31 +186,81 @@ class _Orders:
         self._outbox.position = answer.position
 
 
-async def keep_beating(
+class _Rhythm:
+    """When a heartbeat is to be sent that nobody on this host asked for."""
+
+    def __init__(self, interval_seconds: float, share: Callable[[], float]) -> None:
+        """`interval_seconds` is the host's own rhythm, and its first distance after a failure."""
+        self._interval_seconds = interval_seconds
+        self._share = share
+        self._now_seconds = asyncio.get_running_loop().time
+        self._beat_seconds = 0.0
+        self._retry_seconds = interval_seconds
+        self._due_seconds = self._now_seconds()
+        self._told: Heartbeat | None = None
+
+    def wants(self, heartbeat: Heartbeat) -> bool:
+        """Whether to send it now: it is time, or something happened since the last answered one."""
+        if self._now_seconds() >= self._due_seconds:
+            return True
+        told = self._told
+        return told is not None and told.without_figures() != heartbeat.without_figures()
+
+    def answered(self, heartbeat: Heartbeat, beat_seconds: float) -> None:
+        """Note what the controllers know now, and when they want the next one.
+
+        Up to a tenth earlier than that: hosts that were told something at the same moment must not
+        beat at the same moment for ever.
+        """
+        self._told = heartbeat
+        self._beat_seconds = beat_seconds
+        self._due_seconds = self._now_seconds() + beat_seconds * (1 - self._share() / 10)
+        self._retry_seconds = self._interval_seconds
+
+    def failed(self) -> None:
+        """Try again, ever less often: those who do not answer may have too much to do."""
+        self._told = None
+        self._due_seconds = self._now_seconds() + self._retry_seconds
+        slowest_seconds = max(self._beat_seconds, RETRY_SECONDS_MAX, self._interval_seconds)
+        self._retry_seconds = min(2 * self._retry_seconds, slowest_seconds)
+
+
+async def keep_beating(  # noqa: PLR0917 - as many as it connects
     client: AgentClient,
     outbox: Outbox,
     make: Callable[[], Awaitable[Heartbeat]],
     apply: Apply,
     interval_seconds: float,
+    share: Callable[[], float] = random.random,
 ) -> None:
-    """Send heartbeats for ever and apply what they answer, without waiting for that."""
+    """Send heartbeats for ever and apply what they answer, without waiting for that.
+
+    `make` is called every `interval_seconds`. What it makes is sent when it says more than figures
+    do, when the controllers want it, and after `Outbox.beat_now`. `share` is anything from 0 to 1.
+    """
     silent = False
     orders = _Orders(apply, outbox)
+    rhythm = _Rhythm(interval_seconds, share)
     try:
         while True:
+            is_wanted = outbox.beat.is_set()
             outbox.beat.clear()
+            heartbeat = await make()
+            if not is_wanted and not rhythm.wants(heartbeat):
+                await _pause(outbox, interval_seconds)
+                continue
             try:
-                answer = await client.heartbeat(await make())
-            except Unavailable as error:
+                answer = await client.heartbeat(heartbeat)
+            except (Unavailable, Refused) as error:
+                rhythm.failed()
                 if not silent:
-                    LOGGER.warning("no controller answers: %s", error)
+                    LOGGER.warning("no controller takes our heartbeat: %s", error)
                 silent = True
-            except Refused as refusal:
-                LOGGER.error("the heartbeat was refused: %s", refusal)  # noqa: TRY400 - no traceback
             else:
                 if silent:
                     LOGGER.warning("a controller answers again")
                 silent = False
+                rhythm.answered(heartbeat, answer.beat_seconds)
                 orders.take(answer)
             await _pause(outbox, interval_seconds)
     finally:
@@ -219,16 +277,25 @@ async def _pause(outbox: Outbox, interval_seconds: float) -> None:
     await asyncio.sleep(0.02)  # what changes together is told together
 
 
-async def keep_polling(client: AgentClient, apply: Apply) -> None:
-    """Wait for newer assignments for ever and apply them."""
+async def keep_polling(
+    client: AgentClient,
+    outbox: Outbox,
+    apply: Apply,
+    share: Callable[[], float] = random.random,
+) -> None:
+    """Wait for newer assignments for ever and apply them. `share` is anything from 0 to 1."""
     position = 0
+    retry_seconds = RETRY_SECONDS
     while True:
         try:
             answer = await client.assignments(position, POLL_MS)
         except (Unavailable, Refused):
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(retry_seconds * (0.5 + share() / 2))
+            retry_seconds = min(2 * retry_seconds, RETRY_SECONDS_MAX)
             position = 0
             continue
+        retry_seconds = RETRY_SECONDS
         if answer.position != position:
             position = answer.position
             await apply(answer.assignments)
+            outbox.position = max(outbox.position, position)

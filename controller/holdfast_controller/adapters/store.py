@@ -126,13 +126,18 @@ class Store:
         describe: Describe,
         *,
         also: tuple[Compare, ...] = (),
+        guess: tuple[ProtectionRecord, int] | None = None,
     ) -> Changed:
         """Change the record of `vm` as `decide` says; it may be asked more than once.
 
         `also`: further conditions; when one of them fails, the change is refused as `conflict`.
+        `guess`: the record and its revision as they probably are, which saves reading them. Only
+        one that `decide` changes: a write fails if the guess is wrong, anything else would be
+        answered from it.
         """
         key = key_of(Kind.PROTECTIONS, vm)
-        record, revision = await self.read(vm)
+        assert guess is None or decide(guess[0]) not in (guess[0], None)
+        record, revision = guess or await self.read(vm)
         for _ in range(ATTEMPTS_MAX):
             outcome = decide(record)
             if isinstance(outcome, Refusal):

@@ -11,11 +11,13 @@ from fastapi import APIRouter, Query
 from holdfast_api import transitions
 from holdfast_api.errors import Refused
 from holdfast_api.messages import (
+    Assignment,
     Assignments,
     Claim,
     ClaimVerdict,
     EventReport,
     Heartbeat,
+    HeartbeatAnswer,
     RecordAnswer,
     ReleasedReport,
     SeededReport,
@@ -31,19 +33,28 @@ from holdfast_controller.http.answers import assignments_for
 from holdfast_controller.http.context import TheControl
 from holdfast_controller.http.problems import RESPONSES
 
-WAIT_MS_MAX = 10_000
+WAIT_MS_MAX = 30_000
 
 router = APIRouter(prefix="/v1/agent", responses=RESPONSES, tags=["agents"])
 
 
 @router.post("/hosts/{host}/heartbeat")
-async def hear_heartbeat(host: HostId, heartbeat: Heartbeat, control: TheControl) -> Assignments:
+async def hear_heartbeat(
+    host: HostId, heartbeat: Heartbeat, control: TheControl
+) -> HeartbeatAnswer:
     """Hear that a host lives and what it has; answer with all its orders."""
-    known = control.world.known_heartbeat(host)
-    revision = await control.heartbeats.hear(host, heartbeat, known)
-    control.world.require_live()
-    await control.world.reached(revision)
-    return _assignments(control, host)
+    world = control.world
+    world.require_live()
+    async with control.beats.take():
+        known, rhythm = world.known_heartbeat(host), control.rhythm()
+        revision = await control.heartbeats.hear(host, heartbeat, known, rhythm)
+    world.require_live()
+    await world.reached(revision)
+    return HeartbeatAnswer(
+        position=world.orders_revision(host),
+        assignments=_orders(control, host),
+        beat_seconds=rhythm.beat_seconds,
+    )
 
 
 @router.get("/hosts/{host}/assignments")
@@ -63,7 +74,7 @@ async def get_assignments(
                 f"host:{host}", lambda: world.orders_revision(host) > after, wait_ms / 1000
             )
         world.require_live()
-    return _assignments(control, host)
+    return Assignments(position=world.orders_revision(host), assignments=_orders(control, host))
 
 
 @router.post("/claims")
@@ -154,9 +165,6 @@ async def _changed(control: Control, vm: VmId, decide: Decide, describe: Describ
     return RecordAnswer(record=changed.record)
 
 
-def _assignments(control: Control, host: HostId) -> Assignments:
+def _orders(control: Control, host: HostId) -> tuple[Assignment, ...]:
     world = control.world
-    return Assignments(
-        position=world.orders_revision(host),
-        assignments=assignments_for(world.present, host, world.vms_of(host)),
-    )
+    return assignments_for(world.present, host, world.vms_of(host))

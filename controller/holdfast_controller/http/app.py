@@ -4,12 +4,14 @@ import asyncio
 import json
 
 from fastapi import APIRouter, FastAPI, Response
+from starlette.types import ASGIApp
 
 import holdfast_api
 from holdfast_api.errors import Unavailable
 from holdfast_controller.control import Control
 from holdfast_controller.http import agents, events, people, problems
 from holdfast_controller.http.context import TheControl
+from holdfast_controller.http.express import Express
 from holdfast_controller.http.limits import BodyLimit, Timing
 from holdfast_controller.metrics import CONTENT_TYPE
 
@@ -54,13 +56,15 @@ def create_app(control: Control | None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.control = control
-    for router in (people.router, events.router, agents.router, health):
+    for router in (agents.router, people.router, events.router, health):  # in order of use
         app.include_router(router)
     problems.install(app)
-    app.add_middleware(BodyLimit)
-    if control is not None:
-        app.add_middleware(Timing, metrics=control.metrics)
     return app
+
+
+def create_server(control: Control) -> ASGIApp:
+    """Make what the server calls: the application and all that surrounds it."""
+    return Timing(BodyLimit(Express(create_app(control), control)), control.metrics)
 
 
 def openapi_document() -> str:

@@ -17,6 +17,8 @@ from holdfast_controller.metrics import Metrics
 
 BODY_BYTES_MAX = 1024 * 1024
 BODY_SECONDS_MAX = 10.0
+BODY = "holdfast.body"
+"""Where `BodyLimit` leaves the body in the scope, for who needs it before the application does."""
 
 
 class _Gone(Exception):  # noqa: N818 - an outcome
@@ -48,6 +50,7 @@ class BodyLimit:
             detail = f"a body may have at most {BODY_BYTES_MAX} bytes"
             await _refuse("too-large", detail, scope, receive, send)
             return
+        scope[BODY] = body
         await self._app(scope, _replay(body, receive), send)
 
 

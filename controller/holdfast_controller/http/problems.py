@@ -16,6 +16,7 @@ from holdfast_api.errors import PROBLEMS, HoldfastError, Problem
 
 MEDIA_TYPE = "application/problem+json"
 FAULTS_MAX = 100
+INTERNAL = "the controller made a mistake; its log has the details"
 
 logger = logging.getLogger(__name__)
 
@@ -87,5 +88,4 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 async def _on_fault(request: Request, error: Exception) -> Response:
     logger.error("%s %s failed: %r", request.method, request.url.path, error)
-    detail = "the controller made a mistake; its log has the details"
-    return problem_response(HoldfastError("internal", detail).problem)
+    return problem_response(HoldfastError("internal", INTERNAL).problem)

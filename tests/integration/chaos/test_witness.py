@@ -69,7 +69,7 @@ def test_a_failover_under_load_is_witnessed_and_a_forged_packet_is_found(tmp_pat
         assert honest.summary["replies checked"] >= 100
         assert honest.summary["replies outside of protection"] >= 90
         assert honest.summary["replies unchecked"] == 0
-        assert honest.summary["connections"] == 1
+        assert honest.summary["connections"] >= 1  # a backup that does not know yet refuses
         assert honest.summary["connections not followed"] == 0
         assert honest.summary["checkpoints"] >= honest.summary["acknowledgements"] >= 1
         assert honest.summary["claims won"] == 1

@@ -1,9 +1,19 @@
 """Heartbeats, the long poll and reports, over real HTTP and a real etcd."""
 
+import asyncio
+import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import httpx
 import pytest
-from tests.integration.controller.conftest import Controller, Scene, ok, problem
+from tests.integration.controller.conftest import Agent, Controller, Etcd, Scene, ok, problem
+
+from holdfast_controller.adapters.etcd import EtcdClient
+from holdfast_controller.adapters.keys import ROOT, Kind
+from holdfast_controller.http.app import openapi_document
+from holdfast_controller.http.express import ASSIGNMENTS, CLAIMS, HEARTBEAT
 
 pytestmark = pytest.mark.etcd
 
@@ -54,7 +64,7 @@ def test_a_position_from_another_store_is_answered_at_once(scene: Scene) -> None
 
 def test_a_wait_that_is_too_long_is_refused(controller: Controller) -> None:
     where = "/v1/agent/hosts/h1/assignments"
-    problem(controller.get(where, wait_ms=10_001), 422, "invalid-request")
+    problem(controller.get(where, wait_ms=30_001), 422, "invalid-request")
     problem(controller.get(where, after=-1), 422, "invalid-request")
 
 
@@ -120,3 +130,87 @@ def test_an_agent_has_an_event_remembered(scene: Scene) -> None:
     problem(
         scene.controller.post("/v1/agent/events", body | {"kind": "Rained"}), 422, "invalid-request"
     )
+
+
+def test_what_agents_ask_all_the_time_is_answered_the_same_with_and_without_the_framework(
+    scene: Scene,
+) -> None:
+    one = scene.host("h1")
+    scene.host("h2")
+    generation = scene.become_protected(one)["generation"]
+    beat = {"facts": one.facts, "vms": one.vms, "holdings": one.holdings, "position": one.position}
+    claim = {
+        "vm": scene.vm,
+        "generation": generation,
+        "host": one.name,
+        "claim": "the-same-claim",
+        "reason": "peer-silent",
+    }
+    polled = f"/v1/agent/hosts/{one.name}/assignments?after=0&wait_ms=5"
+    asked: list[tuple[str, str, Any]] = [
+        ("GET", polled, None),
+        ("POST", f"/v1/agent/hosts/{one.name}/heartbeat", beat),
+        ("POST", f"/v1/agent/hosts/{one.name}/heartbeat", beat | {"mood": "good"}),
+        ("POST", f"/v1/agent/hosts/-{one.name}/heartbeat", beat),
+        ("POST", "/v1/agent/claims", claim | {"vm": "nobody-knows-it"}),
+        ("POST", "/v1/agent/claims", claim | {"reason": "no-reason"}),
+        ("POST", "/v1/agent/claims", claim | {"generation": generation + 9}),
+        ("POST", "/v1/agent/claims", claim),
+    ]
+    plain = {"content-type": "application/json"}
+    other = {"content-type": "application/json; charset=utf-8"}
+    with httpx.Client(base_url=scene.controller.http.base_url, trust_env=False) as client:
+        for method, path, body in asked:
+            whole = path if method == "POST" else f"{path}&more=1"
+            swift = client.request(method, path, json=body, headers=plain)
+            slow = client.request(method, whole, json=body, headers=other)
+            assert swift.status_code == slow.status_code, path
+            assert swift.headers["content-type"] == slow.headers["content-type"], path
+            assert timeless(swift.json()) == timeless(slow.json()), path
+        routes = client.get("/metrics").text
+    for path in (CLAIMS, HEARTBEAT, ASSIGNMENTS):
+        assert f'route="{path}",status="200"' in routes
+
+
+def timeless(answer: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is different a moment later: a claim was won already, the planner went on."""
+    if "won" in answer:
+        record = answer["record"]
+        return {"won": answer["won"], "primary": record and record["primary"]}
+    return answer
+
+
+def test_the_swift_routes_are_routes_of_the_api(controller: Controller) -> None:
+    paths = json.loads(openapi_document())["paths"]
+    assert set(paths[CLAIMS]) == set(paths[HEARTBEAT]) == {"post"}
+    assert set(paths[ASSIGNMENTS]) == {"get"}
+    problem(controller.get(CLAIMS), 405, "method-not-allowed")
+
+
+def test_a_host_is_told_how_often_to_beat_and_gets_a_lease_that_lasts(
+    own_etcd: Etcd, make_controller: Callable[..., Controller]
+) -> None:
+    controller = make_controller(own_etcd, heartbeats_per_second_max=1)
+    controller.start()
+    one, told = Agent(controller, "one"), []
+    for number in range(6):
+        ok(Agent(controller, f"other{number}").try_beat())
+        told.append(ok(one.try_beat())["beat_seconds"])
+    assert told == sorted(told)
+    assert 5 <= told[-1] <= 7
+    lasts = own_etcd_ttls(own_etcd)
+    assert max(lasts) >= 2 * told[-1], "its lease of two seconds was replaced"
+
+
+def own_etcd_ttls(etcd: Etcd) -> list[int]:
+    """Return what the leases of all heartbeats were made for, in seconds."""
+
+    async def ask() -> list[int]:
+        client = EtcdClient([etcd.endpoint])
+        try:
+            found, _ = await client.list(f"{ROOT}{Kind.HEARTBEATS}/")
+            return [await client.lease_keep_alive(each.lease) for each in found]
+        finally:
+            await client.close()
+
+    return asyncio.run(ask())

@@ -75,7 +75,7 @@ async def events(client: EtcdClient, kind: EventKind) -> list[KeyValue]:
 
 
 def control_on(client: EtcdClient) -> Control:
-    return Control(Store(client), Heartbeats(client, ttl_seconds=5), World(), Metrics())
+    return Control(Store(client), Heartbeats(client), World(), Metrics(), 200, 5)
 
 
 def test_of_claims_that_all_read_the_same_record_exactly_one_wins(own_etcd: Etcd) -> None:
@@ -113,6 +113,44 @@ def test_of_claims_that_all_read_the_same_record_exactly_one_wins(own_etcd: Etcd
         assert len(await events(client, EventKind.CLAIM_LOST)) == 3
 
     on_etcd(own_etcd, scene)
+
+
+@pytest.mark.parametrize("known", ["as it is", "older", "of other hosts", "unknown"])
+def test_a_claim_is_decided_by_the_store_whatever_the_controller_believes(
+    own_etcd: Etcd, known: str
+) -> None:
+    async def scene(_stack: AsyncExitStack, client: EtcdClient) -> None:
+        control, store = control_on(client), Store(client)
+        key = key_of(Kind.PROTECTIONS, "vm")
+        others = protected().model_copy(update={"primary": "h3", "backup": "h4"})
+        for record in (others, protected()):
+            await write(store, record)
+            found = await client.get(key)
+            assert found is not None
+            if known == ("of other hosts" if record is others else "as it is"):
+                control.world.load([found], found.mod_revision)
+        if known == "older":
+            assert found is not None
+            control.world.load([found], found.mod_revision)
+            won = await decide_claim(control, claim_of("h2", "first"))
+            assert won.won
+        verdict = await decide_claim(control, claim_of("h1", "second"))
+        record_now, _ = await store.read("vm")
+        assert verdict.won == (known != "older")
+        assert verdict.record == record_now
+        assert record_now is not None
+        assert record_now.generation == 5
+        assert record_now.primary == ("h2" if known == "older" else "h1")
+        again = await decide_claim(control, claim_of("h1", "second"))
+        assert again.won == verdict.won
+        assert again.record == record_now
+
+    on_etcd(own_etcd, scene)
+
+
+def claim_of(host: str, name: str) -> Claim:
+    reason = ClaimReason.PEER_SILENT
+    return Claim(vm="vm", generation=4, host=host, claim=f"claim-{name}", reason=reason)
 
 
 def test_a_claim_and_the_report_of_seeding_at_once_leave_a_legal_record(own_etcd: Etcd) -> None:

@@ -309,3 +309,38 @@ def test_the_status_names_version_leader_and_size(etcd: EtcdServer, client_of: A
             assert status.endpoint == f"127.0.0.1:{etcd.client_port}"
 
     asyncio.run(scene())
+
+
+def test_many_leases_are_renewed_at_once_and_each_gets_its_own_answer(
+    etcd: EtcdServer, client_of: Any
+) -> None:
+    async def scene() -> None:
+        async with client_of(etcd.endpoint) as client:
+            leases = [await client.lease_grant(100 + number) for number in range(20)]
+            for lease in leases[::4]:
+                await client.lease_revoke(lease)
+            expected = [0 if n % 4 == 0 else 100 + n for n in range(20)]
+            assert await asyncio.gather(*map(client.lease_keep_alive, leases)) == expected
+            twice = await asyncio.gather(*[client.lease_keep_alive(leases[1]) for _ in range(4)])
+            assert twice == [101] * 4
+
+    asyncio.run(scene())
+
+
+def test_a_renewal_that_nobody_waits_for_any_more_takes_no_other_with_it(
+    etcd: EtcdServer, client_of: Any
+) -> None:
+    async def scene() -> None:
+        async with client_of(etcd.endpoint) as client:
+            first, second = await client.lease_grant(100), await client.lease_grant(200)
+            for turns in range(12):
+                given_up = asyncio.create_task(client.lease_keep_alive(first))
+                others = [asyncio.create_task(client.lease_keep_alive(second)) for _ in range(2)]
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                given_up.cancel()
+                assert await asyncio.gather(*others) == [200, 200]
+                await asyncio.wait([given_up])
+            assert await client.lease_keep_alive(first) == 100
+
+    asyncio.run(scene())

@@ -350,3 +350,52 @@ def test_a_watch_leaves_a_member_that_lost_the_cluster(
                 assert (batch.revision, batch.resynchronised) == (after.revision, False)
 
     asyncio.run(scene())
+
+
+def test_renewals_fail_in_time_while_a_member_hangs_and_go_on_when_it_answers_again(
+    etcd: EtcdServer, client_of: Any
+) -> None:
+    async def scene() -> None:
+        async with client_of(etcd.endpoint, request_timeout_seconds=0.5) as client:
+            leases = [await client.lease_grant(600) for _ in range(3)]
+            assert await asyncio.gather(*map(client.lease_keep_alive, leases)) == [600] * 3
+            etcd.freeze()
+            try:
+                hung = [client.lease_keep_alive(lease) for lease in leases]
+                failed = await asyncio.gather(*hung, return_exceptions=True)
+            finally:
+                etcd.thaw()
+            assert [type(each) for each in failed] == [EtcdUnavailable] * 3
+            await eventually_renewed(client, leases[0])
+            assert await asyncio.gather(*map(client.lease_keep_alive, leases)) == [600] * 3
+
+    asyncio.run(scene())
+
+
+async def eventually_renewed(client: EtcdClient, lease: int) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                assert await client.lease_keep_alive(lease)
+            except EtcdUnavailable:
+                continue
+            return
+
+
+def test_renewals_under_way_end_when_the_client_is_closed(etcd: EtcdServer, client_of: Any) -> None:
+    async def scene() -> None:
+        async with client_of(etcd.endpoint) as client:
+            lease = await client.lease_grant(600)
+            assert await client.lease_keep_alive(lease)
+            etcd.freeze()
+            try:
+                renewal = asyncio.create_task(client.lease_keep_alive(lease))
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                await client.close()
+                with pytest.raises(EtcdUnavailable):
+                    await renewal
+            finally:
+                etcd.thaw()
+
+    asyncio.run(scene())

@@ -23,6 +23,7 @@ from holdfast_controller.adapters.keys import ROOT
 from holdfast_controller.adapters.store import Store
 from holdfast_controller.control import Control
 from holdfast_controller.core.planner import plan
+from holdfast_controller.core.rhythm import rhythm_of
 from holdfast_controller.executor import execute
 from holdfast_controller.leadership import Leadership
 from holdfast_controller.loop import Loop
@@ -77,7 +78,7 @@ def with_client(etcd: Etcd, use: Callable[[EtcdClient], Awaitable[None]]) -> Non
 def unelected_loop(etcd: EtcdClient) -> tuple[Loop, Metrics]:
     world, metrics = World(), Metrics()
     leadership = Unelected(etcd, name="nobody", ttl_seconds=5, fit=lambda: True)
-    control = Control(Store(etcd), Heartbeats(etcd, ttl_seconds=5), world, metrics)
+    control = Control(Store(etcd), Heartbeats(etcd), world, metrics, 200, 5)
     return Loop(control, etcd, leadership, interval_seconds=0.2, events_kept=1000), metrics
 
 
@@ -132,9 +133,9 @@ def test_a_plan_is_left_where_it_is_when_its_maker_leads_no_more(etcd: Etcd) -> 
     )
 
     async def carry_out(client: EtcdClient) -> None:
-        heartbeats = Heartbeats(client, ttl_seconds=60)
+        heartbeats = Heartbeats(client)
         for name in ("a", "b"):
-            await heartbeats.hear(name, Heartbeat(facts=facts), Known())
+            await heartbeats.hear(name, Heartbeat(facts=facts), Known(), rhythm_of(2, 200, 60))
         world, store = World(), Store(client)
         async with aclosing(client.watch(ROOT, from_revision=0)) as batches:
             world.apply(await anext(batches))

@@ -22,6 +22,7 @@ from holdfast_api.messages import (
     Claim,
     ClaimVerdict,
     Heartbeat,
+    HeartbeatAnswer,
     HostList,
     VmList,
 )
@@ -224,6 +225,7 @@ VM_FACTS = VmFacts(
 UNSAFE = Policy(output="unbuffered")
 HEARTBEAT = Heartbeat(facts=FACTS)
 ASSIGNMENTS = Assignments(position=7, assignments=())
+BEAT_ANSWER = HeartbeatAnswer(position=7, assignments=(), beat_seconds=2.5)
 CLAIM = Claim(
     vm="redis", generation=3, host="h2", claim="0123456789abcdef", reason=ClaimReason.PEER_SILENT
 )

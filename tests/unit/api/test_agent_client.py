@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.unit.api.canned import (
     ASSIGNMENTS,
+    BEAT_ANSWER,
     CLAIM,
     HANG,
     HEARTBEAT,
@@ -94,8 +95,8 @@ def test_a_report_is_sent_and_answered_with_the_record(
 
 
 def test_a_heartbeat_brings_the_assignments(controller: FakeController) -> None:
-    controller.on("POST", BEAT, good(ASSIGNMENTS))
-    assert run([controller.url], lambda c: c.heartbeat(HEARTBEAT)) == ASSIGNMENTS
+    controller.on("POST", BEAT, good(BEAT_ANSWER))
+    assert run([controller.url], lambda c: c.heartbeat(HEARTBEAT)) == BEAT_ANSWER
     assert controller.requests[0].json == HEARTBEAT.model_dump(mode="json")
 
 
@@ -166,9 +167,9 @@ def test_503_dead_and_hung_controllers_are_passed_over(
     unable, stuck, able = start_controller(), start_controller(), start_controller()
     unable.on("POST", BEAT, problem("store-unavailable"))
     stuck.on("POST", BEAT, HANG)
-    able.on("POST", BEAT, good(ASSIGNMENTS))
+    able.on("POST", BEAT, good(BEAT_ANSWER))
     urls = [dead_url, unable.url, stuck.url, able.url]
-    assert run(urls, lambda c: c.heartbeat(HEARTBEAT), timeout_seconds=4.0) == ASSIGNMENTS
+    assert run(urls, lambda c: c.heartbeat(HEARTBEAT), timeout_seconds=4.0) == BEAT_ANSWER
 
 
 def test_a_heartbeat_that_nobody_takes_is_unavailable(dead_url: str) -> None:
@@ -179,7 +180,7 @@ def test_a_heartbeat_that_nobody_takes_is_unavailable(dead_url: str) -> None:
 def test_a_claim_goes_over_the_connection_that_the_heartbeat_warmed(
     controller: FakeController,
 ) -> None:
-    controller.on("POST", BEAT, good(ASSIGNMENTS))
+    controller.on("POST", BEAT, good(BEAT_ANSWER))
     controller.on("POST", CLAIMS, good(WON))
 
     async def beat_and_claim(client: AgentClient) -> None:
@@ -255,12 +256,12 @@ def test_a_heartbeat_does_not_wait_its_whole_time_for_a_controller_that_hangs(
 ) -> None:
     stuck, able = start_controller(), start_controller()
     stuck.on("POST", BEAT, HANG)
-    able.on("POST", BEAT, good(ASSIGNMENTS))
+    able.on("POST", BEAT, good(BEAT_ANSWER))
     patiences: list[float] = []
 
     async def beat(client: AgentClient) -> None:
         note_patience(client, patiences)
-        assert await client.heartbeat(HEARTBEAT) == ASSIGNMENTS
+        assert await client.heartbeat(HEARTBEAT) == BEAT_ANSWER
 
     run([stuck.url, able.url], beat, timeout_seconds=60.0)
     assert patiences[0] == agent_client.PATIENCE_SECONDS
@@ -304,8 +305,8 @@ def test_proxies_of_the_environment_are_ignored(
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", dead_url)
     monkeypatch.setenv("HTTP_PROXY", dead_url)
-    controller.on("POST", BEAT, good(ASSIGNMENTS))
-    assert run([controller.url], lambda c: c.heartbeat(HEARTBEAT)) == ASSIGNMENTS
+    controller.on("POST", BEAT, good(BEAT_ANSWER))
+    assert run([controller.url], lambda c: c.heartbeat(HEARTBEAT)) == BEAT_ANSWER
 
 
 def test_a_store_that_comes_back_decides_the_claim(

@@ -11,6 +11,7 @@ spoken to directly, whatever the environment says.
 """
 
 import urllib.parse
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ import grpc
 import grpc.aio
 
 from holdfast_controller.adapters.etcd.proto import rpc_pb2
+from holdfast_controller.adapters.etcd.reader import StreamReader
+from holdfast_controller.adapters.etcd.renewals import Renewals
 from holdfast_controller.adapters.etcd.values import TlsFiles
 
 MESSAGE_LIMIT_BYTES = 16 * 1024 * 1024
@@ -102,6 +105,8 @@ class Endpoint:
         self.name = address.target
         self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
+        self._renewals: Renewals | None = None
+        self._streams: weakref.WeakSet[StreamReader] = weakref.WeakSet()
         self._closed = False
 
     @property
@@ -119,6 +124,26 @@ class Endpoint:
             else:
                 self._channel = grpc.aio.secure_channel(self.name, self._credentials, options)
         return self._channel
+
+    def renewals(self, metadata: tuple[tuple[str, str], ...]) -> Renewals:
+        """Return the stream over which leases are renewed. Raises NotConnected."""
+        known = self._renewals
+        if known is None or known.is_over or known.metadata != metadata:
+            known = self._renewals = Renewals(self.channel, metadata)
+        return known
+
+    def open_stream(self, metadata: tuple[tuple[str, str], ...]) -> StreamReader:
+        """Begin a watch's stream; `close` of this endpoint ends it. Raises NotConnected."""
+        if self._closed:
+            raise NotConnected("the client is closed")
+        options = list(_OPTIONS)
+        if self._credentials is None:
+            channel = grpc.insecure_channel(self.name, options)
+        else:
+            channel = grpc.secure_channel(self.name, self._credentials, options)
+        stream = StreamReader(channel, metadata)
+        self._streams.add(stream)
+        return stream
 
     async def connect(self, timeout_seconds: float) -> None:
         """Return when there is a live connection.
@@ -142,6 +167,10 @@ class Endpoint:
     async def close(self) -> None:
         """Close the channel, for good; its calls end as cancelled."""
         self._closed = True
+        if self._renewals is not None:
+            await self._renewals.close()
+        for stream in tuple(self._streams):
+            await stream.close()
         if self._channel is not None:
             channel, self._channel = self._channel, None
             await channel.close()

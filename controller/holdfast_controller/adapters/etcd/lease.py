@@ -1,9 +1,8 @@
 """Leases: grant, keep alive, revoke. Talks gRPC.
 
 All three may be repeated. A grant names its own id, so that a second one finds the first instead
-of leaving an orphan; revoking what is gone is done. Keeping alive is a stream in etcd's API; here
-it carries one question and one answer, because a stream kept open would need watching itself, and
-opening one every second costs nothing.
+of leaving an orphan; revoking what is gone is done. Keeping alive is a stream in etcd's API
+(`renewals.py`).
 """
 
 import secrets
@@ -17,6 +16,7 @@ from holdfast_controller.adapters.etcd.errors import (
     Verdict,
 )
 from holdfast_controller.adapters.etcd.proto import rpc_pb2
+from holdfast_controller.adapters.etcd.renewals import RenewalsEnded
 
 _GRANT = Method(
     "/etcdserverpb.Lease/LeaseGrant",
@@ -30,7 +30,6 @@ _REVOKE = Method(
     rpc_pb2.LeaseRevokeResponse,
     Kind.REPEATABLE_WRITE,
 )
-_KEEP_ALIVE = "/etcdserverpb.Lease/LeaseKeepAlive"
 
 
 async def grant(calls: Calls, ttl_seconds: int) -> int:
@@ -61,19 +60,9 @@ async def keep_alive(calls: Calls, lease: int) -> int:
     """Renew a lease; return the seconds it now has, 0 if it is lost."""
 
     async def perform(endpoint: Endpoint, metadata: Metadata, timeout_seconds: float) -> int:
-        call = endpoint.channel.stream_stream(
-            _KEEP_ALIVE,
-            request_serializer=rpc_pb2.LeaseKeepAliveRequest.SerializeToString,
-            response_deserializer=rpc_pb2.LeaseKeepAliveResponse.FromString,
-        )(metadata=metadata, timeout=timeout_seconds)
         try:
-            await call.write(rpc_pb2.LeaseKeepAliveRequest(lease_id=lease))
-            await call.done_writing()
-            answer = await call.read()
-        finally:
-            call.cancel()
-        if not isinstance(answer, rpc_pb2.LeaseKeepAliveResponse):
-            raise AttemptFailed(Verdict.UNKNOWN, "the stream ended without an answer")
-        return max(0, answer.ttl_seconds)
+            return await endpoint.renewals(metadata).renew(lease, timeout_seconds)
+        except RenewalsEnded as error:
+            raise AttemptFailed(Verdict.UNKNOWN, str(error)) from error
 
     return await calls.run("LeaseKeepAlive", Kind.REPEATABLE_WRITE, perform)

@@ -12,7 +12,7 @@ When the history the watch needs is gone (compaction), or may be another one (th
 changed, or its revision or term fell: a restored backup), the prefix is listed anew, and the batch
 says `resynchronised`.
 
-Memory: nothing is read ahead. While the consumer is busy, gRPC's flow control makes etcd wait.
+Memory: little is read ahead (`reader.py`). While the consumer is busy, etcd waits.
 """
 
 import asyncio
@@ -20,9 +20,10 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 import grpc
-import grpc.aio
 
 from holdfast_controller.adapters.etcd.assembler import Assembler, Change
 from holdfast_controller.adapters.etcd.calls import Calls, Metadata
@@ -35,6 +36,7 @@ from holdfast_controller.adapters.etcd.errors import (
     refusal,
 )
 from holdfast_controller.adapters.etcd.proto import kv_pb2, rpc_pb2
+from holdfast_controller.adapters.etcd.reader import StreamEnded, StreamReader
 from holdfast_controller.adapters.etcd.values import (
     KeyValue,
     WatchBatch,
@@ -44,14 +46,13 @@ from holdfast_controller.adapters.etcd.values import (
 
 log = logging.getLogger(__name__)
 
-_WATCH = "/etcdserverpb.Watch/Watch"
 _PERMISSION_DENIED = "etcdserver: permission denied"
 _PAUSE_SECONDS_MIN = 0.05
 _PAUSE_SECONDS_MAX = 1.0
 """An outage may last; a watch that came back a second late has lost nothing."""
 
 ListPrefix = Callable[[str], Awaitable[tuple[tuple[KeyValue, ...], int]]]
-_Call = grpc.aio.StreamStreamCall[rpc_pb2.WatchRequest, rpc_pb2.WatchResponse]
+_Answers = list[rpc_pb2.WatchResponse]
 
 
 class _Broken(Exception):  # noqa: N818 - an outcome of a stream, not an error of the watch
@@ -98,8 +99,9 @@ class _Stream:
         self._calls = calls
         self._idle_seconds = idle_seconds
         self.endpoint = calls.endpoints.preferred
-        self._call: _Call | None = None
-        self._reading: asyncio.Task[object] | None = None
+        self._reader: StreamReader | None = None
+        self._metadata: Metadata = ()
+        self._waiting: _Answers = []
 
     async def open(self, prefix: str, start_revision: int) -> rpc_pb2.ResponseHeader:
         """Begin at the preferred member; returns the header of etcd's confirmation.
@@ -108,102 +110,71 @@ class _Stream:
         """
         self.endpoint = self._calls.endpoints.preferred
         until = time.monotonic() + self._calls.timeout_seconds
-        metadata = await self._calls.prepare(self.endpoint, until, needs_leader=True)
-        method: grpc.aio.StreamStreamMultiCallable[rpc_pb2.WatchRequest, rpc_pb2.WatchResponse] = (
-            self.endpoint.channel.stream_stream(
-                _WATCH,
-                request_serializer=rpc_pb2.WatchRequest.SerializeToString,
-                response_deserializer=rpc_pb2.WatchResponse.FromString,
-            )
-        )
-        self._call = method(metadata=metadata)
+        self._metadata = await self._calls.prepare(self.endpoint, until, needs_leader=True)
+        self._reader = self.endpoint.open_stream(self._metadata)
         key, range_end = prefix_range(prefix)
         create = rpc_pb2.WatchCreateRequest(
             key=key, range_end=range_end, start_revision=start_revision, fragment=True
         )
-        await self._write(rpc_pb2.WatchRequest(create_request=create), metadata)
-        answer = await self._read(until - time.monotonic(), metadata)
-        if answer is None:
+        self._reader.write(rpc_pb2.WatchRequest(create_request=create))
+        answers = await self._read(until - time.monotonic())
+        if not answers:
             raise _Broken("it did not confirm the watch in time")
+        answer, *self._waiting = answers
         if answer.canceled:
-            self._raise_for_cancel(answer, metadata)
+            self._raise_for_cancel(answer)
         if not answer.created:
             raise _Broken("its first answer was no confirmation")
+        self._metadata = ()  # the token was good; what is refused from now on is something else
         return answer.header
 
-    async def next(self) -> rpc_pb2.WatchResponse:
-        """Return the next answer that is about changes.
+    async def next(self) -> _Answers:
+        """Return the next answers that are about changes, at least one.
 
         Raises _Broken when the member shows no sign of life in time, and _HistoryLost.
         """
         while True:
-            answer = await self._read(self._idle_seconds, ())
-            if answer is None:
+            answers, self._waiting = self._waiting or await self._read(self._idle_seconds), []
+            if not answers:
+                assert self._reader is not None
                 progress = rpc_pb2.WatchProgressRequest()
-                await self._write(rpc_pb2.WatchRequest(progress_request=progress), ())
-                answer = await self._read(self._calls.timeout_seconds, ())
-            if answer is None:
+                self._reader.write(rpc_pb2.WatchRequest(progress_request=progress))
+                answers = await self._read(self._calls.timeout_seconds)
+            if not answers:
                 raise _Broken("it shows no sign of life")
-            if answer.canceled:
-                self._raise_for_cancel(answer, ())
-            if answer.events:
-                return answer
+            if answers[0].canceled:
+                self._raise_for_cancel(answers[0])
+            before = list(takewhile(lambda answer: not answer.canceled, answers))
+            self._waiting = answers[len(before) :]
+            about_changes = [answer for answer in before if answer.events]
+            if about_changes:
+                return about_changes
 
     async def close(self) -> None:
-        """End the stream; returns when nothing of it is left in the event loop."""
-        if self._call is not None:
-            self._call.cancel()
-        if self._reading is not None:
-            await asyncio.wait([self._reading])
-            if not self._reading.cancelled():
-                self._reading.exception()
+        """End the stream; returns when nothing of it is left."""
+        if self._reader is not None:
+            await self._reader.close()
 
-    async def _read(
-        self, timeout_seconds: float, metadata: Metadata
-    ) -> rpc_pb2.WatchResponse | None:
-        """Return the next answer, None if there is none in time."""
-        assert self._call is not None
-        if self._reading is None:
-            # A task of its own, kept over timeouts: cancelling a read cancels the stream.
-            self._reading = asyncio.ensure_future(self._call.read())
-        done, _ = await asyncio.wait([self._reading], timeout=max(0.0, timeout_seconds))
-        if not done:
-            return None
-        reading, self._reading = self._reading, None
-        if reading.cancelled():
-            raise _Broken("its channel was closed")
+    async def _read(self, timeout_seconds: float) -> _Answers:
+        """Return the next answers; none if there are none in time."""
+        assert self._reader is not None
         try:
-            answer = reading.result()
-        except grpc.aio.AioRpcError as error:
-            raise self._failure(error, metadata) from error
-        if not isinstance(answer, rpc_pb2.WatchResponse):
-            raise _Broken("it ended")
-        return answer
+            return await self._reader.read(timeout_seconds)
+        except StreamEnded as ended:
+            if isinstance(ended.__cause__, grpc.RpcError):
+                raise self._failure(ended.__cause__) from ended
+            raise _Broken("it ended") from ended
 
-    async def _write(self, request: rpc_pb2.WatchRequest, metadata: Metadata) -> None:
-        assert self._call is not None
-        try:
-            with self._calls.closing_is_no_cancellation():
-                async with asyncio.timeout(self._calls.timeout_seconds):
-                    await self._call.write(request)
-        except TimeoutError as error:
-            raise _Broken("it takes no request") from error
-        except asyncio.InvalidStateError as error:
-            raise _Broken("it is over") from error
-        except grpc.aio.AioRpcError as error:
-            raise self._failure(error, metadata) from error
-
-    def _failure(self, error: grpc.aio.AioRpcError, metadata: Metadata) -> Exception:
+    def _failure(self, error: Any) -> Exception:
         code, details = error.code(), error.details() or ""
         verdict = judge(code, details)
         if verdict is Verdict.NOT_AUTHENTICATED:
-            return _TokenRefused(_token(metadata), refusal("Watch", code, details))
+            return _TokenRefused(_token(self._metadata), refusal("Watch", code, details))
         if verdict is Verdict.REFUSED:
             return refusal("Watch", code, details)
         return _Broken(details or code.name)
 
-    @staticmethod
-    def _raise_for_cancel(answer: rpc_pb2.WatchResponse, metadata: Metadata) -> None:
+    def _raise_for_cancel(self, answer: rpc_pb2.WatchResponse) -> None:
         """Etcd ended the watch but not the stream; say why."""
         # Etcd puts gRPC's rendering of an error here: "rpc error: code = ... desc = REASON".
         reason = answer.cancel_reason.rpartition(" desc = ")[2]
@@ -214,7 +185,8 @@ class _Stream:
         ):
             # Etcd 3.4 says "permission denied" for a token it does not know, too.
             raise _TokenRefused(
-                _token(metadata), EtcdRefused("Watch", code="PERMISSION_DENIED", reason=reason)
+                _token(self._metadata),
+                EtcdRefused("Watch", code="PERMISSION_DENIED", reason=reason),
             )
         raise _Broken(f"etcd ended the watch: {reason}")
 
@@ -263,12 +235,12 @@ class Watch:
                 self._opened()
                 assembler = Assembler(next_revision)
                 while True:
-                    answer = await stream.next()
-                    changes = map(_change_of, answer.events)
-                    batch = assembler.add(changes, more_fragments=answer.fragment)
-                    if batch is not None:
-                        next_revision = assembler.next_revision
-                        yield batch
+                    for answer in await stream.next():
+                        changes = map(_change_of, answer.events)
+                        batch = assembler.add(changes, more_fragments=answer.fragment)
+                        if batch is not None:
+                            next_revision = assembler.next_revision
+                            yield batch
             except _HistoryLost as reason:
                 log.warning("watch on %s lists anew: %s", self._prefix, reason)
                 next_revision = 0
