@@ -41,8 +41,9 @@ class AgentConfig(Model):
     memory_total_bytes: int | None = Field(default=None, ge=0)
     """Offer no more than this to standbys; None: all that the host has."""
     heartbeat_ms: int = Field(default=1000, ge=100, le=60_000)
-    """Short: more load on controllers. Long: a host is noticed late; must stay well under the
-    controllers' heartbeat TTL (5 s)."""
+    """Distance of two looks at the host, and of two heartbeats, if the controllers do not ask for
+    fewer. Short: more load. Long: what happens is told late; must stay well under the controllers'
+    heartbeat TTL (5 s)."""
     examine_ms: int = Field(default=5000, ge=500, le=600_000)
     """How often unprotected VMs are looked at again."""
     seeding_bytes_per_second: int = Field(default=0, ge=0)
