@@ -118,7 +118,8 @@ def qemu_argv(plan: VmPlan, image: Image) -> list[str]:
 
 def _kernel_words(plan: VmPlan) -> str:
     # The last three only save time: self-tests and guards that an emulated guest has no use for.
-    words = ["console=ttyS0", "quiet", "panic=-1"]
+    # Not `quiet`: of a guest that never comes up, the console should say how far it came.
+    words = ["console=ttyS0", "loglevel=6", "panic=-1"]
     words += ["no_timer_check", "cryptomgr.notests", "mitigations=off"]
     words.append("holdfast.ip=" + ",".join(f"{address}/16" for address in plan.addresses))
     if plan.options.dirty_pps:
