@@ -14,6 +14,7 @@ EXCHANGE = "api/holdfast_api/exchange.py"
 SUPERVISOR = "agent/holdfast_agent/supervisor.py"
 ANSWERS_HTTP = "controller/holdfast_controller/http/answers.py"
 WORLD = "controller/holdfast_controller/world.py"
+CLAIMS = "controller/holdfast_controller/claims.py"
 STORE = "controller/holdfast_controller/adapters/store.py"
 
 PROTECTION = "tests/property/protection/test_two_machines_and_an_arbiter.py"
@@ -363,6 +364,14 @@ WHOLE_MUTANTS = (
         STORE,
         "            if result.succeeded:\n                return Changed(outcome",
         "            if True:\n                return Changed(outcome",
+        (SIMULATION,),
+    ),
+    Mutant(
+        "a claim is answered from what its controller believes",
+        "INV-5",
+        CLAIMS,
+        "        guess = None\n",
+        "        pass\n",
         (SIMULATION,),
     ),
     Mutant(
