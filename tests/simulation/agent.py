@@ -93,10 +93,10 @@ class Agent:
                 self._heartbeat,
                 supervisor.apply,
                 HEARTBEAT_SECONDS,
-                share,
+                share=share,
             )
         )
-        self.loop.create_task(keep_polling(self.client, self.outbox, supervisor.apply, share))
+        self.loop.create_task(keep_polling(self.client, self.outbox, supervisor.apply, share=share))
 
     async def _heartbeat(self) -> Heartbeat:
         position = self.outbox.position

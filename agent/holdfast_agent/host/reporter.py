@@ -225,12 +225,13 @@ class _Rhythm:
         self._retry_seconds = min(2 * self._retry_seconds, slowest_seconds)
 
 
-async def keep_beating(  # noqa: PLR0917 - as many as it connects
+async def keep_beating(
     client: AgentClient,
     outbox: Outbox,
     make: Callable[[], Awaitable[Heartbeat]],
     apply: Apply,
     interval_seconds: float,
+    *,
     share: Callable[[], float] = random.random,
 ) -> None:
     """Send heartbeats for ever and apply what they answer, without waiting for that.
@@ -246,22 +247,20 @@ async def keep_beating(  # noqa: PLR0917 - as many as it connects
             is_wanted = outbox.beat.is_set()
             outbox.beat.clear()
             heartbeat = await make()
-            if not is_wanted and not rhythm.wants(heartbeat):
-                await _pause(outbox, interval_seconds)
-                continue
-            try:
-                answer = await client.heartbeat(heartbeat)
-            except (Unavailable, Refused) as error:
-                rhythm.failed()
-                if not silent:
-                    LOGGER.warning("no controller takes our heartbeat: %s", error)
-                silent = True
-            else:
-                if silent:
-                    LOGGER.warning("a controller answers again")
-                silent = False
-                rhythm.answered(heartbeat, answer.beat_seconds)
-                orders.take(answer)
+            if is_wanted or rhythm.wants(heartbeat):
+                try:
+                    answer = await client.heartbeat(heartbeat)
+                except (Unavailable, Refused) as error:
+                    rhythm.failed()
+                    if not silent:
+                        LOGGER.warning("no controller takes our heartbeat: %s", error)
+                    silent = True
+                else:
+                    if silent:
+                        LOGGER.warning("a controller answers again")
+                    silent = False
+                    rhythm.answered(heartbeat, answer.beat_seconds)
+                    orders.take(answer)
             await _pause(outbox, interval_seconds)
     finally:
         orders.close()
@@ -281,6 +280,7 @@ async def keep_polling(
     client: AgentClient,
     outbox: Outbox,
     apply: Apply,
+    *,
     share: Callable[[], float] = random.random,
 ) -> None:
     """Wait for newer assignments for ever and apply them. `share` is anything from 0 to 1."""

@@ -136,10 +136,11 @@ class Store:
         answered from it.
         """
         key = key_of(Kind.PROTECTIONS, vm)
-        assert guess is None or decide(guess[0]) not in (guess[0], None)
         record, revision = guess or await self.read(vm)
-        for _ in range(ATTEMPTS_MAX):
+        for attempt in range(ATTEMPTS_MAX):
             outcome = decide(record)
+            is_guessed = guess is not None and attempt == 0
+            assert not (is_guessed and (isinstance(outcome, Refusal) or outcome == record))
             if isinstance(outcome, Refusal):
                 raise Refused(outcome.code, outcome.explanation)
             if outcome == record:

@@ -82,12 +82,12 @@ def test_a_failover_under_load_is_witnessed_and_a_forged_packet_is_found(tmp_pat
         assert forged.startswith("R1: vm")
         assert "h1" in forged
 
+        lab.kill("h2")
+        lab.revive("h2")
         witness.declare_lost(address)
         inject(lab.network, "h2", arp_frame(address))
         testimony = witness.close()
-        first, *others = [each[:2] for each in testimony.violations]
-        assert first == "R1"
-        assert set(others) == {"R4"}, "ours, and what the guest says meanwhile, for it lives"
+        assert [each[:2] for each in testimony.violations] == ["R1", "R4"]
         assert testimony == witness.close(), "to close twice is no fault"
 
 

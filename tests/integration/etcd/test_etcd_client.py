@@ -18,9 +18,10 @@ from holdfast_controller.adapters.etcd import (
     absent,
     unchanged,
 )
+from holdfast_controller.adapters.etcd.endpoints import Endpoint, parse_endpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Iterator
 
     from tests.integration.etcd.conftest import EtcdServer
 
@@ -327,6 +328,26 @@ def test_many_leases_are_renewed_at_once_and_each_gets_its_own_answer(
     asyncio.run(scene())
 
 
+def test_a_renewal_given_up_before_it_was_asked_takes_no_answer_of_a_later_one(
+    etcd: EtcdServer, client_of: Any
+) -> None:
+    async def scene() -> None:
+        endpoint = Endpoint(parse_endpoint(etcd.endpoint, tls=False), None)
+        async with client_of(etcd.endpoint) as client, closing(endpoint):
+            first, second = await client.lease_grant(100), await client.lease_grant(200)
+            renewals = endpoint.renewals(())
+            # The first one is being sent; the second one waits for that, and gives up.
+            sent = asyncio.create_task(renewals.renew(first, 60))
+            waiting = asyncio.create_task(renewals.renew(second, 60))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            assert await sent == 100
+            assert await renewals.renew(second, 5) == 200
+            assert endpoint.renewals(()) is renewals, "the stream goes on"
+
+    asyncio.run(scene())
+
+
 def test_a_renewal_that_nobody_waits_for_any_more_takes_no_other_with_it(
     etcd: EtcdServer, client_of: Any
 ) -> None:
@@ -344,3 +365,11 @@ def test_a_renewal_that_nobody_waits_for_any_more_takes_no_other_with_it(
             assert await client.lease_keep_alive(first) == 100
 
     asyncio.run(scene())
+
+
+@contextlib.asynccontextmanager
+async def closing(endpoint: Endpoint) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await endpoint.close()

@@ -14,9 +14,7 @@ from holdfast_api.client import AgentClient
 from holdfast_api.errors import Unavailable
 from holdfast_api.messages import Assignment, Assignments, Heartbeat, HeartbeatAnswer
 from holdfast_api.records import HostFacts
-
-WAIT_MS_MAX = 30_000
-"""What a controller takes."""
+from holdfast_controller.http.agents import WAIT_MS_MAX
 
 FACTS = HostFacts(
     peer_address="h1:7701",
@@ -145,7 +143,7 @@ def in_own_time(
                 assert assignments == ()
 
             beating = asyncio.create_task(
-                keep_beating(client, outbox, host.look, apply, 1.0, lambda: share)
+                keep_beating(client, outbox, host.look, apply, 1.0, share=lambda: share)
             )
             try:
                 await scene(client, outbox, host)
@@ -213,7 +211,7 @@ def test_polls_that_fail_are_tried_again_ever_less_often_and_at_times_of_their_o
 
             with suppress(TimeoutError):
                 async with asyncio.timeout(30):
-                    await keep_polling(client, Outbox(client, "h1"), apply, lambda: share)
+                    await keep_polling(client, Outbox(client, "h1"), apply, share=lambda: share)
             return [later - earlier for earlier, later in pairwise(client.polled)]
 
     with asyncio.Runner(loop_factory=OwnTime) as runner:

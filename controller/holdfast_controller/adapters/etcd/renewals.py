@@ -47,10 +47,11 @@ class Renewals:
         AioRpcError, when etcd has ended the stream with it.
         """
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting[lease].append(answer)
         try:
             async with asyncio.timeout(timeout_seconds):
                 async with self._writing:
+                    # Not before: who gives up here has asked nothing, and no answer is his.
+                    self._waiting[lease].append(answer)
                     await self._call.write(rpc_pb2.LeaseKeepAliveRequest(lease_id=lease))
                 return await answer
         except TimeoutError as error:
@@ -59,7 +60,8 @@ class Renewals:
         except asyncio.InvalidStateError as error:
             raise RenewalsEnded("the stream has ended") from error
         finally:
-            answer.cancel()
+            if not answer.cancel() and not answer.cancelled():
+                answer.exception()  # taken note of, if the question itself failed before
 
     async def close(self) -> None:
         """End it, and the wait of everybody. Idempotent."""
