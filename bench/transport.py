@@ -23,9 +23,10 @@ import numpy as np
 from holdfast_agent.core.frames import MEBIBYTE
 from holdfast_agent.core.memory_map import NO_PAGES
 from holdfast_agent.core.peer_messages import PagesArrived
+from holdfast_agent.transport.connection import FrameConnection
 from holdfast_agent.transport.opening import accept, connect, listen
 from holdfast_agent.transport.peer import FramePeer
-from holdfast_agent.transport.tcp import FrameConnection
+from holdfast_agent.transport.tcp import TcpStream
 from holdfast_api.words import Role
 
 SLAB_BYTES = 4 * MEBIBYTE
@@ -36,7 +37,7 @@ DEADLINE_NS = 120 * 10**9
 def peer_over(sock: socket.socket, role: Role) -> FramePeer:
     """Return a peer on a connection that counts as greeted; HELLO is of no interest here."""
     connection = FrameConnection(
-        sock,
+        TcpStream(sock),
         role=role,
         generation=1,
         silence_limit_seconds=60,

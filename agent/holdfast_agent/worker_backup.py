@@ -20,9 +20,10 @@ from holdfast_agent.core.vm_spec import VmSpec
 from holdfast_agent.host.agent_channel import AgentChannel
 from holdfast_agent.hypervisor.standby import QemuStandby
 from holdfast_agent.memory import GuestMemory
+from holdfast_agent.transport.connection import FrameConnection
 from holdfast_agent.transport.opening import refuse, welcome
 from holdfast_agent.transport.peer import FramePeer
-from holdfast_agent.transport.tcp import FrameConnection
+from holdfast_agent.transport.tcp import TcpStream
 from holdfast_agent.worker_order import (
     SEEDING_SILENCE_SECONDS,
     WorkerOrder,
@@ -131,7 +132,7 @@ def _start_standby(order: WorkerOrder, hello: Hello, sock: socket.socket) -> Qem
 
 def _connection(order: WorkerOrder, hello: Hello, sock: socket.socket) -> FrameConnection:
     return FrameConnection(
-        sock,
+        TcpStream(sock),
         role=Role.BACKUP,
         generation=order.assignment.generation,
         silence_limit_seconds=max(SEEDING_SILENCE_SECONDS, hello.silence_limit_ms / 1000),

@@ -37,9 +37,10 @@ from holdfast_agent.hypervisor.saving import status_of
 from holdfast_agent.memory import TRACKERS, GuestMemory, choose_tracker, zero_pages
 from holdfast_agent.network.filter_plug import FilterPlug, UnbufferedPlug
 from holdfast_agent.network.output_signal import SilentSignal
+from holdfast_agent.transport.connection import FrameConnection
 from holdfast_agent.transport.opening import PeerRefused, connect, greet
 from holdfast_agent.transport.peer import FramePeer
-from holdfast_agent.transport.tcp import FrameConnection
+from holdfast_agent.transport.tcp import TcpStream
 from holdfast_agent.worker_order import (
     SEEDING_SILENCE_SECONDS,
     WorkerOrder,
@@ -209,7 +210,7 @@ def _find_backup(order: WorkerOrder, attached: Attached) -> FramePeer:
     deadline = time.monotonic() + EXPECTED_SECONDS
     while True:
         connection = FrameConnection(
-            connect(assignment.peer_address, CONNECT_SECONDS),
+            TcpStream(connect(assignment.peer_address, CONNECT_SECONDS)),
             role=Role.PRIMARY,
             generation=assignment.generation,
             silence_limit_seconds=max(SEEDING_SILENCE_SECONDS, policy.silence_limit_ms / 1000),

@@ -36,9 +36,10 @@ from holdfast_agent.core.payloads import (
 )
 from holdfast_agent.core.peer_messages import PagesArrived, PeerMessage
 from holdfast_agent.transport.buffers import StagingLimitReached
+from holdfast_agent.transport.connection import FrameConnection
 from holdfast_agent.transport.opening import accept, connect, listen
 from holdfast_agent.transport.peer import FramePeer
-from holdfast_agent.transport.tcp import FrameConnection
+from holdfast_agent.transport.tcp import TcpStream
 from holdfast_api.words import Role
 
 DEADLINE_SECONDS = 20.0
@@ -226,7 +227,7 @@ class Heard:
 def listening(ours: socket.socket, role: Role) -> tuple[FrameConnection, FramePeer]:
     """Return our end as `role`, greeted and welcomed."""
     connection = FrameConnection(
-        ours,
+        TcpStream(ours),
         role=role,
         generation=GENERATION,
         silence_limit_seconds=DEADLINE_SECONDS,

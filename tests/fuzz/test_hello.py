@@ -20,8 +20,9 @@ from holdfast_agent.core.frames import (
     FrameRejected,
 )
 from holdfast_agent.core.payloads import Hello
+from holdfast_agent.transport.connection import FrameConnection
 from holdfast_agent.transport.opening import receive_hello
-from holdfast_agent.transport.tcp import FrameConnection
+from holdfast_agent.transport.tcp import TcpStream
 from holdfast_api.words import Role
 
 EXAMPLES = 150
@@ -82,7 +83,7 @@ def _can_be_acted_upon(ours: socket.socket, hello: Hello) -> None:
     """Do with its numbers what a worker does."""
     assert np.int64(hello.memory_map.page_count) > 0
     connection = FrameConnection(
-        ours,
+        TcpStream(ours),
         role=Role.BACKUP,
         generation=hello.generation,
         silence_limit_seconds=hello.silence_limit_ms / 1000,

@@ -21,8 +21,8 @@ from holdfast_agent.core.peer_messages import (
     PagesArrived,
     PeerMessage,
 )
+from holdfast_agent.transport.connection import ConnectionCounters
 from holdfast_agent.transport.liveness import KeepaliveTimer, SilenceJudge
-from holdfast_agent.transport.tcp import ConnectionCounters
 from holdfast_api.words import ClaimReason
 
 LATENCY_NS = 200_000

@@ -247,7 +247,7 @@ class SimulatedHost:
             parts = [refusal.model_dump_json().encode()]
             views, _ = encoder.encode(FrameKind.REFUSED, 0, parts)
             if not sock.is_over:
-                sock.sendmsg(views)
+                sock.send(views)
                 sock.close()
             return
         number = next(self._numbers)

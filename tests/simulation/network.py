@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from tests.scenarios.simulation import MS
 from tests.simulation.kernel import Kernel
 
+from holdfast_agent.transport.stream import Readiness
+
 ROOM_BYTES = 192 * 1024
 REPLAYED_PIECES = 6
 RESET_NOTICED_NS = 20 * MS
@@ -86,7 +88,7 @@ class End:
 
 @dataclass(eq=False)
 class SimulatedSocket:
-    """One end of a connection; what `transport.tcp` uses of `socket.socket`."""
+    """One end of a connection; a `transport.stream.Stream`."""
 
     network: Network
     host: str
@@ -178,7 +180,7 @@ class SimulatedSocket:
     def fileno(self) -> int:
         return self.readable
 
-    def sendmsg(self, views: Iterable[memoryview]) -> int:
+    def send(self, views: Iterable[memoryview]) -> int:
         assert not self.is_over, "sent on a closed connection"
         if self.arrived and isinstance(self.arrived[-1], End) and self.arrived[-1].is_reset:
             raise ConnectionResetError(errno.ECONNRESET, "the connection is broken")
@@ -188,7 +190,7 @@ class SimulatedSocket:
         self._send(data)
         return len(data)
 
-    def recv_into(self, target: memoryview) -> int:
+    def receive_into(self, target: memoryview) -> int:
         if not self.arrived:
             raise BlockingIOError
         piece = self.arrived[0]
@@ -204,18 +206,20 @@ class SimulatedSocket:
             self.arrived[0] = piece[count:]
         return count
 
-    def recv(self, size_bytes: int) -> bytes:
-        buffer = bytearray(size_bytes)
-        return bytes(buffer[: self.recv_into(memoryview(buffer))])
+    def wait(self, *, readable: bool, writable: bool, timeout_ms: float) -> Readiness:
+        kernel = self.network.kernel
+        watched = [*([self.readable] if readable else []), *([self.writable] if writable else [])]
+        if timeout_ms:
+            ready = kernel.wait(watched, int(timeout_ms * MS))
+        else:
+            ready = frozenset(number for number in watched if kernel.is_ready(number))
+        return Readiness(self.readable in ready, self.writable in ready)
 
-    def shutdown(self, _how: int) -> None:
-        self._send(End())
-
-    def setblocking(self, _flag: bool) -> None:
-        """It never blocks."""
-
-    def setsockopt(self, *_: int) -> None:
+    def limit_silence(self, silence_limit_seconds: float) -> None:
         """There is nothing to tune."""
+
+    def end_sending(self) -> None:
+        self._send(End())
 
     def close(self) -> None:
         if not self.is_over:

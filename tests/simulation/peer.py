@@ -1,28 +1,21 @@
-"""The production connection and peer of `transport`, over a simulated socket.
+"""The production connection and peer of `transport`, over a simulated stream.
 
-Only waiting is replaced, and the thread that says we live while a turn takes long: here no turn
+Only the stream is replaced, and the thread that says we live while a turn takes long: here no turn
 takes real time. Frames, checksums, payloads and the receiver's account are the production code.
 """
 
-import select
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
 
 from tests.scenarios.simulation import MS
 from tests.simulation.kernel import Clock, Kernel
 from tests.simulation.network import SimulatedSocket
 
-from holdfast_agent.core.failures import PeerLost
 from holdfast_agent.core.frames import FrameKind, FrameLimits
 from holdfast_agent.core.memory_map import PageIndexes, PageRows
 from holdfast_agent.core.payloads import Welcome
-from holdfast_agent.transport.liveness import SilenceJudge
+from holdfast_agent.transport.connection import Frame, FrameConnection
 from holdfast_agent.transport.peer import FramePeer
-from holdfast_agent.transport.tcp import Frame, FrameConnection
-from holdfast_api.words import ClaimReason, Epoch, Role
-
-if TYPE_CHECKING:
-    import socket
+from holdfast_api.words import Epoch, Role
 
 LIMITS = FrameLimits(slab_size_bytes=4 * 4096, index_size_bytes=4096)
 GREET_NS = 3_000 * MS
@@ -47,7 +40,7 @@ class SimulatedConnection(FrameConnection):
         self.kernel = kernel
         self.socket = sock
         super().__init__(
-            cast("socket.socket", sock),
+            sock,
             role=role,
             generation=generation,
             silence_limit_seconds=max(SEEDING_SILENCE_SECONDS, silence_limit_ms / 1000),
@@ -66,25 +59,6 @@ class SimulatedConnection(FrameConnection):
         answer = Welcome(connection=number)
         self.send(FrameKind.WELCOME, 0, [answer.model_dump_json().encode()])
         self.bind(number)
-
-    def _wait_writable(self, progress: SilenceJudge) -> None:
-        reads = self._reads_ahead and len(self._read_ahead) < 64
-        watched = [self.socket.writable, *([self.socket.readable] if reads else [])]
-        ready = self.kernel.wait(watched, self._limit_ns // 4)
-        if self.socket.readable in ready:
-            frame = self._receive_next()
-            if frame is not None:
-                self._read_ahead.append(frame)
-        if self.socket.writable not in ready and progress.is_suspicious(self._clock()):
-            raise PeerLost(
-                ClaimReason.PEER_SILENT, f"took no data for {self._limit_ns / 1e6:.0f} ms"
-            )
-
-    def _is_ready(self, event: int, timeout_ms: float = 0) -> bool:
-        number = self.socket.readable if event == select.POLLIN else self.socket.writable
-        if not timeout_ms:
-            return self.kernel.is_ready(number)
-        return bool(self.kernel.wait([number], int(timeout_ms * MS)))
 
 
 class SimulatedPeer(FramePeer):

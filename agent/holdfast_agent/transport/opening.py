@@ -21,7 +21,8 @@ from holdfast_agent.core.frames import (
     RejectionCode,
 )
 from holdfast_agent.core.payloads import Hello, Refusal, Welcome, decode_json
-from holdfast_agent.transport.tcp import FrameConnection, enlarge_buffers
+from holdfast_agent.transport.connection import FrameConnection
+from holdfast_agent.transport.tcp import TcpStream, enlarge_buffers
 from holdfast_api.words import ClaimReason, Role
 
 BACKLOG = 128
@@ -132,7 +133,7 @@ def receive_hello(
     whole must be there within `timeout_seconds`, however slowly it drips.
     """
     connection = FrameConnection(
-        sock,
+        TcpStream(sock),
         role=Role.BACKUP,
         generation=None,
         silence_limit_seconds=timeout_seconds,

@@ -29,8 +29,8 @@ from holdfast_agent.core.peer_messages import (
     PagesArrived,
     PeerMessage,
 )
+from holdfast_agent.transport.connection import ConnectionCounters, Frame, FrameConnection
 from holdfast_agent.transport.standing_in import BUSY_LIMIT_SECONDS, StandIn
-from holdfast_agent.transport.tcp import ConnectionCounters, Frame, FrameConnection
 from holdfast_api.words import ClaimReason, Epoch
 
 LINGER_SECONDS = 0.5

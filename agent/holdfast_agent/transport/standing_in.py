@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from holdfast_agent.transport.tcp import FrameConnection
+from holdfast_agent.transport.connection import FrameConnection
 
 BUSY_LIMIT_SECONDS = 2.0
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from holdfast_agent.core.frames import FrameLimits
 from holdfast_agent.core.payloads import Hello
-from holdfast_agent.transport.tcp import Frame, FrameConnection
+from holdfast_agent.transport.connection import Frame, FrameConnection
+from holdfast_agent.transport.tcp import TcpStream
 from holdfast_api.words import Role
 
 DEADLINE_SECONDS = 20.0
@@ -49,7 +50,7 @@ def over(
 ) -> FrameConnection:
     """Return a side of a connection that was greeted and welcomed already."""
     connection = FrameConnection(
-        sock,
+        TcpStream(sock),
         role=role,
         generation=7,
         silence_limit_seconds=silence_limit_seconds,

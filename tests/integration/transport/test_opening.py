@@ -14,6 +14,7 @@ from tests.integration.transport.loopback import DEADLINE_SECONDS, Sockets, hell
 from holdfast_agent.core.failures import PeerLost
 from holdfast_agent.core.frames import FrameEncoder, FrameKind, FrameRejected, RejectionCode
 from holdfast_agent.core.payloads import Refusal
+from holdfast_agent.transport.connection import FrameConnection
 from holdfast_agent.transport.opening import (
     AddressNotUnderstood,
     PeerRefused,
@@ -26,7 +27,7 @@ from holdfast_agent.transport.opening import (
     refuse,
     welcome,
 )
-from holdfast_agent.transport.tcp import FrameConnection
+from holdfast_agent.transport.tcp import TcpStream
 from holdfast_api.words import ClaimReason, Role
 
 Pair = Callable[..., Sockets]
@@ -34,7 +35,7 @@ Pair = Callable[..., Sockets]
 
 def connection_over(sock: socket.socket, role: Role, received_frames: int = 0) -> FrameConnection:
     return FrameConnection(
-        sock,
+        TcpStream(sock),
         role=role,
         generation=7,
         silence_limit_seconds=5,

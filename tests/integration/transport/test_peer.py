@@ -23,8 +23,8 @@ from holdfast_agent.core.peer_messages import (
     PeerMessage,
 )
 from holdfast_agent.transport.buffers import StagingLimitReached
+from holdfast_agent.transport.connection import FrameConnection
 from holdfast_agent.transport.peer import FramePeer
-from holdfast_agent.transport.tcp import FrameConnection
 from holdfast_api.words import ClaimReason, Role
 
 Pair = Callable[..., Sockets]

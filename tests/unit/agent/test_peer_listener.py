@@ -15,8 +15,9 @@ from holdfast_agent.host import peer_listener
 from holdfast_agent.host.agent_channel import AgentChannel
 from holdfast_agent.host.peer_listener import PeerListener
 from holdfast_agent.host.worker_link import WorkerLink
+from holdfast_agent.transport.connection import FrameConnection
 from holdfast_agent.transport.opening import PeerRefused, greet
-from holdfast_agent.transport.tcp import FrameConnection
+from holdfast_agent.transport.tcp import TcpStream
 from holdfast_api.words import Generation, Role, VmId
 
 HELLO = Hello(
@@ -64,7 +65,7 @@ def dial(port: int) -> socket.socket:
 def greeting(port: int, hello: Hello) -> None:
     """Say HELLO as a primary does; blocks. Raises PeerRefused."""
     connection = FrameConnection(
-        dial(port),
+        TcpStream(dial(port)),
         role=Role.PRIMARY,
         generation=hello.generation,
         silence_limit_seconds=10,

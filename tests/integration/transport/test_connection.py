@@ -32,7 +32,7 @@ from holdfast_agent.core.frames import (
     RejectionCode,
 )
 from holdfast_agent.transport.buffers import MAX_FREE_BUFFERS, StagingLimitReached
-from holdfast_agent.transport.tcp import MAX_READ_AHEAD, FrameConnection
+from holdfast_agent.transport.connection import MAX_READ_AHEAD, FrameConnection
 from holdfast_api.words import ClaimReason, Role
 
 Pair = Callable[..., Sockets]
@@ -333,10 +333,11 @@ def test_unread_bytes_are_no_silence(sockets: Pair) -> None:
 
 LISTENER = """
 import socket, sys, select, time
-from holdfast_agent.transport.tcp import FrameConnection
+from holdfast_agent.transport.connection import FrameConnection
+from holdfast_agent.transport.tcp import TcpStream
 from holdfast_api.words import Role
 limit = float(sys.argv[2])
-connection = FrameConnection(socket.socket(fileno=int(sys.argv[1])), role=Role.BACKUP,
+connection = FrameConnection(TcpStream(socket.socket(fileno=int(sys.argv[1]))), role=Role.BACKUP,
     generation=7, silence_limit_seconds=limit, keepalive_seconds=limit / 5, received_frames=1)
 connection.bind(4711)
 suspected = False
