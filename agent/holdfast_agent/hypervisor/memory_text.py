@@ -25,9 +25,11 @@ _RAM_BLOCK = re.compile(
     r"(?:\s+0x(?P<host>[0-9a-f]+)(?:\s+(?P<access>ro|rw))?)?\s*$"
 )
 _ADDRESS_SPACE = re.compile(r'^\s*AS "(?P<name>[^"]*)", root: ')
+# The accelerator's name stands there once for each address space that shares the view: twice where
+# KVM emulates system management mode (mtree_print_flatview).
 _RANGE = re.compile(
     r"^\s*(?P<start>[0-9a-f]{16})-(?P<end>[0-9a-f]{16}) \(prio -?\d+, (?P<kind>[^)]+)\): "
-    r"(?P<name>.*?)(?: @(?P<offset>[0-9a-f]{16}))?(?: (?:KVM|HVF|XEN))?$"
+    r"(?P<name>.*?)(?: @(?P<offset>[0-9a-f]{16}))?(?: (?:KVM|HVF|XEN))*$"
 )
 _HOST_ADDRESS = re.compile(
     r"Host virtual address for \S+ \((?P<name>.*)\) is 0x(?P<host>[0-9a-f]+)"

@@ -46,6 +46,7 @@ class CompareTracker:
     """Tracks writes by content; uses `copier`, which stays its owner's. Not thread-safe."""
 
     name = "compare"
+    can_harvest_running = True
 
     def __init__(self, copier: _Copier) -> None:
         """Prepare; nothing is read yet."""

@@ -409,21 +409,6 @@ def data_pages(descriptor: int, offset: int, size_bytes: int) -> PageIndexes:
     return indexes_of(np.array(runs, dtype=np.int64).reshape(-1, 2))
 
 
-def zero_pages(rows: PageRows) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Return `bool[page_count]`: which rows are zero throughout.
-
-    Most pages that are not zero show it in their first word, so only the others are read whole.
-    """
-    words = rows.view(np.uint64)
-    zero: np.ndarray[tuple[int], np.dtype[np.bool_]] = words[:, 0] == 0
-    candidates = np.flatnonzero(zero)
-    if len(candidates) * 2 > len(rows):
-        zero[:] = np.bitwise_or.reduce(words, axis=1) == 0
-    elif len(candidates):
-        zero[candidates] = np.bitwise_or.reduce(words[candidates], axis=1) == 0
-    return zero
-
-
 def _short_runs(runs: PageIndexes) -> PageIndexes:
     """Return the runs with none longer than one call copies."""
     longest = _BYTES_PER_CALL_MAX // PAGE_SIZE_BYTES

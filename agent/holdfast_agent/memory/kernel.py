@@ -5,7 +5,7 @@ Memory copies give it up (they run for milliseconds); ptrace keeps it, because b
 calls the target stands still and must not wait for another Python thread's time slice.
 
 Source: Linux uapi `linux/fs.h` (PAGEMAP_SCAN), `linux/userfaultfd.h`, `linux/ptrace.h`,
-`asm-generic/unistd.h`; process_vm_readv(2).
+`asm-generic/unistd.h`, `asm-generic/mman-common.h`; process_vm_readv(2).
 """
 
 import ctypes
@@ -13,7 +13,10 @@ import errno
 import os
 import platform
 import select
+from collections.abc import Sequence
 from typing import Final
+
+import numpy as np
 
 _releasing = ctypes.CDLL(None, use_errno=True)
 _keeping = ctypes.PyDLL(None, use_errno=True)
@@ -43,6 +46,9 @@ _ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void
 _ptrace.restype = ctypes.c_long
 
 PIDFD_GETFD_NUMBER: Final = 438  # the same on every architecture
+PROCESS_MADVISE_NUMBER: Final = 440  # the same on every architecture
+ADVICE_COLD: Final = 20  # MADV_COLD
+IOVECS_PER_CALL: Final = 1024  # UIO_MAXIOV
 USERFAULTFD_NUMBERS: Final = {"x86_64": 323, "aarch64": 282}
 
 PAGEMAP_SCAN: Final = 0xC0606610
@@ -115,6 +121,27 @@ def process_vm_copy(
     if result < 0:
         _raise_errno("process_vm_writev" if write else "process_vm_readv")
     return result
+
+
+def advise_cold(pidfd: int, addresses: Sequence[int], size_bytes: int) -> None:
+    """Tell the kernel that `size_bytes` at each of the target's addresses are not in use now.
+
+    That is nearly all it does, but a huge page of which only a part is named is split.
+    """
+    for start in range(0, len(addresses), IOVECS_PER_CALL):
+        part = addresses[start : start + IOVECS_PER_CALL]
+        vector = np.empty((len(part), 2), dtype=np.uint64)
+        vector[:, 0], vector[:, 1] = part, size_bytes
+        result: int = _syscall(
+            ctypes.c_long(PROCESS_MADVISE_NUMBER),
+            ctypes.c_long(pidfd),
+            ctypes.c_void_p(vector.ctypes.data),
+            ctypes.c_long(len(part)),
+            ctypes.c_long(ADVICE_COLD),
+            ctypes.c_long(0),
+        )
+        if result < 0:
+            _raise_errno("process_madvise")
 
 
 def ptrace(request: int, pid: int, address: int = 0, data: int = 0) -> int:

@@ -32,6 +32,8 @@ _ARGUMENT_WORDS: Final = 12
 _REGION_BYTES: Final = 24
 
 _PRESENT_OR_SWAPPED_BITS: Final = np.uint64(1 << 63 | 1 << 62)
+SOFT_DIRTY_BIT: Final = np.uint64(1 << 55)
+FRAME_BITS: Final = np.uint64((1 << 55) - 1)
 _ENTRIES_PER_READ: Final = 1 << 17
 
 AddressRuns = NDArray[np.uint64]
@@ -106,6 +108,19 @@ class PageTable:
             if error.errno not in (errno.ENOTTY, errno.EINVAL):
                 raise
             return self.populated_by_entries(start, end)
+
+    def read_entries(self, start: int, out: NDArray[np.uint64]) -> None:
+        """Fill `out` with the entries of the pages from address `start` on, 8 bytes each.
+
+        Raises OSError, ESRCH when the process has no memory any more.
+        """
+        left = out.data.cast("B")
+        position = start // PAGE_SIZE_BYTES * 8
+        while left:
+            count = os.preadv(self._descriptor, [left], position)
+            if count == 0:
+                raise OSError(errno.ESRCH, "pagemap ended: the process has no memory any more")
+            left, position = left[count:], position + count
 
     def populated_by_entries(self, start: int, end: int) -> AddressRuns:
         """Return the same on a kernel before 6.7: one 8-byte entry per page."""

@@ -75,6 +75,7 @@ class PagemapScanTracker:
     """
 
     name = "pagemap-scan"
+    can_harvest_running = True
 
     def __init__(
         self,

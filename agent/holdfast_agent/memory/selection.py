@@ -3,6 +3,7 @@
 | tracker | needs | cost of a harvest |
 |---|---|---|
 | `pagemap-scan` | Linux 6.7, ptrace rights | 1 ms per 2 GiB of RAM |
+| `soft-dirty` | private memory, CONFIG_MEM_SOFT_DIRTY | some 10 ms per 2 GiB |
 | `compare` | memory for a copy of the guest's | 0.3 s per 2 GiB, or more |
 """
 
@@ -10,16 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from holdfast_agent.memory import pagemap_scan
+from holdfast_agent.memory import pagemap_scan, soft_dirty
 from holdfast_agent.memory.compare import CompareTracker
 from holdfast_agent.memory.copier import GuestMemory
 from holdfast_agent.memory.errors import TrackingFailed
 from holdfast_agent.memory.location import BlockLocation
 from holdfast_agent.memory.pagemap_scan import PagemapScanTracker
+from holdfast_agent.memory.soft_dirty import SoftDirtyTracker
 
-Tracker: TypeAlias = PagemapScanTracker | CompareTracker
+Tracker: TypeAlias = PagemapScanTracker | SoftDirtyTracker | CompareTracker
 
-TRACKERS: Final = (PagemapScanTracker.name, CompareTracker.name)
+TRACKERS: Final = (PagemapScanTracker.name, SoftDirtyTracker.name, CompareTracker.name)
 """Names of all trackers, best first."""
 
 
@@ -49,17 +51,19 @@ def choose_tracker(
         raise ValueError(f"no tracker is called {unknown}: there are {', '.join(TRACKERS)}")
     passed_over: list[tuple[str, str]] = []
     for name in preference:
+        reason = unavailable(name)
+        if reason is not None:
+            passed_over.append((name, reason))
+            continue
         tracker: Tracker
-        if name == CompareTracker.name:
-            tracker = CompareTracker(memory)
-        else:
-            reason = pagemap_scan.unavailable()
-            if reason is not None:
-                passed_over.append((name, reason))
-                continue
+        if name == PagemapScanTracker.name:
             tracker = PagemapScanTracker(
                 pid, locations, memory.memory_map, two_step=accelerator == "kvm"
             )
+        elif name == SoftDirtyTracker.name:
+            tracker = SoftDirtyTracker(pid, locations, memory.memory_map)
+        else:
+            tracker = CompareTracker(memory)
         try:
             tracker.start()
         except TrackingFailed as error:
@@ -67,3 +71,12 @@ def choose_tracker(
         else:
             return TrackerChoice(tracker, tuple(passed_over))
     raise TrackingFailed(pid, "; ".join(f"{name}: {reason}" for name, reason in passed_over))
+
+
+def unavailable(name: str) -> str | None:
+    """Return why this host cannot offer the tracker, in words; None if it can."""
+    if name == PagemapScanTracker.name:
+        return pagemap_scan.unavailable()
+    if name == SoftDirtyTracker.name:
+        return soft_dirty.unavailable()
+    return None

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.integration.memory.tracking import HERE
 
 from holdfast_agent.core.memory_map import MemoryMap
 from holdfast_agent.memory import BlockLocation
@@ -25,6 +26,14 @@ def _load_target() -> ModuleType:
 
 
 target_module = _load_target()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Say which trackers the tests of all trackers are for."""
+    if "any_kind" in metafunc.fixturenames:
+        metafunc.parametrize("any_kind", HERE)
+    if "marking_kind" in metafunc.fixturenames:
+        metafunc.parametrize("marking_kind", [kind for kind in HERE if kind != "compare"])
 
 
 @pytest.fixture

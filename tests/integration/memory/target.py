@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 PAGE = 4096
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class _Served:
             memory = mmap.mmap(file, size, flags=mmap.MAP_PRIVATE)
         else:
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if block["huge"]:
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        if not shared:
+            memory.madvise(mmap.MADV_HUGEPAGE if block["huge"] else mmap.MADV_NOHUGEPAGE)
         self.maps[name] = memory
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         return {
@@ -174,6 +174,23 @@ class _Served:
 
     def dump(self, block: str) -> int:
         return len(self.maps[block])
+
+    def advise(self, block: str, advice: int) -> int:
+        self.maps[block].madvise(advice)
+        return advice
+
+    def map_anew(self, block: str, *, shared: bool) -> int:
+        """Put fresh memory in the place of a block, as QEMU does for a page that went bad."""
+        memory = self.maps[block]
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.libc.mmap.restype = ctypes.c_long
+        fixed, anonymous = 0x10, mmap.MAP_ANONYMOUS
+        flags = fixed | anonymous | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        mapped = self.libc.mmap(
+            ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), protection, flags, -1, 0
+        )
+        return int(mapped == address)
 
     def unmap(self, block: str) -> int:
         memory = self.maps[block]

@@ -7,46 +7,29 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.integration.memory.tracking import (
+    BLOCKS,
+    actual_memory,
+    make_tracker,
+    open_memory,
+    until,
+)
 
 from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, MemoryMap, empty_rows, indexes_of
 from holdfast_agent.memory import (
     BlockLocation,
-    CompareTracker,
     GuestMemory,
     MemoryAccessFailed,
-    PagemapScanTracker,
     TrackingFailed,
     choose_tracker,
     pagemap_scan,
 )
 from holdfast_agent.memory.pagemap import PageTable
-
-PATIENCE_S = 10.0
-BLOCKS = (("shared", 1300, "shared"), ("private", 1100, "private", True), ("tiny", 2, "shared"))
-
-
-def open_memory(target: Any) -> GuestMemory:
-    return GuestMemory(target.pid, target.locations, target.memory_map)
-
-
-def make_tracker(kind: str, target: Any, memory: GuestMemory) -> Any:
-    if kind == "compare":
-        return CompareTracker(memory)
-    return PagemapScanTracker(
-        target.pid, target.locations, target.memory_map, two_step=kind == "two-step"
-    )
-
-
-def actual_memory(target: Any) -> np.ndarray:
-    content = b"".join(target.dump(block.name) for block in target.memory_map.blocks)
-    return np.frombuffer(content, dtype=np.uint8).reshape(-1, PAGE_SIZE_BYTES)
 
 
 def userfaultfds(pid: int) -> list[str]:
@@ -63,87 +46,6 @@ def is_tracked(pid: int) -> bool:
     """Whether any mapping is registered for write protection (flag `uw`)."""
     lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
     return any(line.startswith("VmFlags:") and " uw" in line for line in lines)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.001)
-
-
-@pytest.mark.parametrize("kind", ["one-step", "two-step", "compare"])
-def test_no_write_is_lost_while_the_target_writes_all_the_time(
-    start_target: Any, kind: str
-) -> None:
-    target = start_target(*BLOCKS)
-    for name in ("shared", "private"):
-        target.run(do="fill", block=name)
-    memory = open_memory(target)
-    tracker = make_tracker(kind, target, memory)
-    rebuilt = np.zeros((target.memory_map.page_count, PAGE_SIZE_BYTES), dtype=np.uint8)
-    rows = empty_rows(len(rebuilt))
-
-    def copy(indexes: np.ndarray) -> int:
-        memory.copy_out(indexes, rows)
-        rebuilt[indexes] = rows[: len(indexes)]
-        tracker.copied(indexes, rows)
-        return len(indexes)
-
-    try:
-        for seed, name in enumerate(("shared", "private")):
-            target.begin(do="storm", block=name, seed=seed)
-            if seed == 0:
-                tracker.start()
-                copy(memory.populated())
-            rounds_with_writes = 0
-
-            def one_more_round() -> bool:
-                nonlocal rounds_with_writes
-                rounds_with_writes += copy(tracker.harvest()) > 0
-                return rounds_with_writes >= 25
-
-            until(one_more_round)
-            target.begin(do="signals")
-            assert target.finish() > 0
-            target.finish()
-            copy(tracker.harvest())
-            assert np.array_equal(rebuilt, actual_memory(target))
-    finally:
-        tracker.close()
-        memory.close()
-
-
-def test_nothing_is_reported_when_nothing_is_written(start_target: Any) -> None:
-    target = start_target(*BLOCKS)
-    target.run(do="fill", block="shared")
-    target.run(do="write", block="private", pages=[0, 7, 1000], value=3)
-    tracker = make_tracker("one-step", target, open_memory(target))
-    tracker.start()
-    try:
-        assert tracker.harvest().tolist() == []
-        target.run(do="write", block="shared", pages=[5, 1299], value=9)
-        assert tracker.harvest().tolist() == [5, 1299]
-        assert tracker.harvest().tolist() == []
-    finally:
-        tracker.close()
-
-
-def test_pages_given_back_are_reported_even_if_only_read_again(start_target: Any) -> None:
-    target = start_target(*BLOCKS)
-    for name in ("shared", "private"):
-        target.run(do="fill", block=name)
-    tracker = make_tracker("one-step", target, open_memory(target))
-    tracker.start()
-    try:
-        tracker.harvest()
-        for name, first_page in (("shared", 0), ("private", 1300)):
-            target.run(do="drop", block=name, first=20, count=600)
-            target.run(do="read", block=name, pages=[20, 300, 619])
-            dropped = set(range(first_page + 20, first_page + 620))
-            assert dropped <= set(tracker.harvest().tolist())
-    finally:
-        tracker.close()
 
 
 def test_a_closed_tracker_leaves_nothing_behind(start_target: Any) -> None:
@@ -196,46 +98,6 @@ def test_the_target_runs_on_when_the_tracker_is_killed(start_target: Any) -> Non
     pages = list(range(1100))
     assert target.run(do="write", block="private", pages=pages, value=1) == 1100
     until(lambda: not is_tracked(target.pid))
-
-
-@pytest.mark.parametrize("kind", ["one-step", "two-step"])
-def test_the_end_of_the_target_is_not_mistaken_for_silence(start_target: Any, kind: str) -> None:
-    target = start_target(*BLOCKS)
-    tracker = make_tracker(kind, target, open_memory(target))
-    tracker.start()
-    try:
-        target.end()
-        with pytest.raises(TrackingFailed, match="ended"):
-            tracker.harvest()
-    finally:
-        tracker.close()
-
-
-def test_tracked_memory_that_is_unmapped_is_not_mistaken_for_silence(start_target: Any) -> None:
-    target = start_target(*BLOCKS)
-    tracker = make_tracker("one-step", target, open_memory(target))
-    tracker.start()
-    try:
-        assert target.run(do="unmap", block="private") == 0
-        with pytest.raises(TrackingFailed, match="unmapped"):
-            tracker.harvest()
-    finally:
-        tracker.close()
-
-
-def test_a_second_tracker_is_refused_and_the_first_goes_on(start_target: Any) -> None:
-    target = start_target(*BLOCKS)
-    first = make_tracker("one-step", target, open_memory(target))
-    second = make_tracker("one-step", target, open_memory(target))
-    first.start()
-    try:
-        with pytest.raises(TrackingFailed, match="busy"):
-            second.start()
-        target.run(do="write", block="tiny", pages=[1], value=1)
-        first_page = target.memory_map.blocks[2].first_page
-        assert first_page + 1 in first.harvest().tolist()
-    finally:
-        first.close()
 
 
 def test_what_is_copied_in_is_what_the_target_reads(start_target: Any) -> None:
@@ -468,14 +330,14 @@ def test_the_best_tracker_is_chosen_and_the_others_only_on_request(start_target:
     # The first one holds the memory: the next says why it had to be passed over.
     second = choose_tracker(target.pid, target.locations, memory)
     assert second.tracker.name == "compare"
-    ((name, reason),) = second.passed_over
-    assert name == "pagemap-scan"
-    assert "busy" in reason
+    reasons = dict(second.passed_over)
+    assert list(reasons) == ["pagemap-scan", "soft-dirty"]
+    assert "busy" in reasons["pagemap-scan"]
     second.tracker.close()
     with pytest.raises(TrackingFailed, match="busy"):
         choose_tracker(target.pid, target.locations, memory, preference=["pagemap-scan"])
     best.tracker.close()
-    with pytest.raises(ValueError, match="there are pagemap-scan, compare"):
+    with pytest.raises(ValueError, match="there are pagemap-scan, soft-dirty, compare"):
         choose_tracker(target.pid, target.locations, memory, preference=["soft"])
     memory.close()
 

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tests.integration.memory.tracking import HERE
 
 from holdfast_agent.core.memory_map import MemoryMap
 from holdfast_agent.memory import BlockLocation
@@ -22,6 +23,12 @@ def _load_target() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Say which trackers the tests of all trackers are for."""
+    if "any_kind" in metafunc.fixturenames:
+        metafunc.parametrize("any_kind", HERE)
 
 
 @pytest.fixture(scope="module")
