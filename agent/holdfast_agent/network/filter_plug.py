@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 
 from holdfast_agent.core.failures import VirtualMachineFailed
 from holdfast_agent.hypervisor.qmp import QmpConnection
-from holdfast_agent.network.held_output import HeldOutput
+from holdfast_agent.network.held_output import HELD_LIMIT_BYTES, HeldOutput
 from holdfast_agent.network.output_signal import HeldOutputSignal
 
 SOCKET_BUFFER_BYTES = 8 << 20
@@ -53,7 +53,7 @@ class _Tap:
     """The plug of one NIC."""
 
     netdev_id: str
-    held: HeldOutput = field(default_factory=HeldOutput)
+    held: HeldOutput
     out: socket.socket | None = None
     into: socket.socket | None = None
     pending: bytearray = field(default_factory=bytearray)
@@ -77,10 +77,12 @@ class FilterPlug:
 
     name = "filter"
 
-    def __init__(self, qmp: QmpConnection, netdev_ids: Sequence[str]) -> None:
+    def __init__(
+        self, qmp: QmpConnection, netdev_ids: Sequence[str], *, limit_bytes: int = HELD_LIMIT_BYTES
+    ) -> None:
         """Prepare; nothing is changed in QEMU before `install`."""
         self._qmp = qmp
-        self._taps = [_Tap(netdev_id) for netdev_id in netdev_ids]
+        self._taps = [_Tap(netdev_id, HeldOutput(limit_bytes)) for netdev_id in netdev_ids]
         self._epoll = select.epoll()
         self._installed = False
         self._holding = False
@@ -230,10 +232,14 @@ class FilterPlug:
         """Bytes of output that wait, as far as known."""
         return sum(tap.held.held_bytes for tap in self._taps)
 
-    @property
     def dropped_packets(self) -> int:
         """Packets dropped because too much was held."""
         return sum(tap.held.dropped_packets for tap in self._taps)
+
+    def change_limit(self, limit_bytes: int) -> None:
+        """Hold at most so much of each NIC from now on."""
+        for tap in self._taps:
+            tap.held.change_limit(limit_bytes)
 
     # --- the sockets ------------------------------------------------------------------------------
 
@@ -320,6 +326,10 @@ class FilterPlug:
                     self._delete(name)
         self.close()
 
+    def discard(self) -> None:
+        """The VM is gone, and all that was in its QEMU: let go. Idempotent."""
+        self.close()
+
     def close(self) -> None:
         """Let go without a word to QEMU: what is held is dropped, the wall stands. Idempotent."""
         self._installed = False
@@ -357,6 +367,16 @@ class UnbufferedPlug:
     def held_bytes(self) -> int:
         """Nothing ever waits."""
         return 0
+
+    def dropped_packets(self) -> int:
+        """Nothing is ever dropped."""
+        return 0
+
+    def change_limit(self, limit_bytes: int) -> None:
+        """Do nothing."""
+
+    def discard(self) -> None:
+        """Do nothing."""
 
     def remove(self) -> None:
         """Do nothing."""

@@ -34,6 +34,10 @@ class HeldOutput:
         self._epoch_closed = False
         self.dropped_packets = 0
 
+    def change_limit(self, limit_bytes: int) -> None:
+        """Drop what comes beyond this from now on; what is held already stays."""
+        self._limit_bytes = limit_bytes
+
     @property
     def held_bytes(self) -> int:
         """Bytes that wait, frames included."""
