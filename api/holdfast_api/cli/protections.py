@@ -45,7 +45,7 @@ from holdfast_api.cli.waiting import (
     wait_until_unprotected,
 )
 from holdfast_api.messages import PolicyPatch, VmList
-from holdfast_api.records import Protection, Vm
+from holdfast_api.records import EncodingPolicy, Protection, Vm
 from holdfast_api.words import Phase
 
 app = typer.Typer()
@@ -200,12 +200,15 @@ def change(
         ),
     ] = None,
     reprotect: Annotated[str | None, typer.Option(help="auto or manual.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="auto, none, delta, zstd or delta-zstd.")
+    ] = None,
     output: Format = TABLE,
     url: Url = DEFAULT_URL,
     timeout: Timeout = TIMEOUT_SECONDS,
 ) -> None:
     """Change a VM's policy while it is protected."""
-    wanted = (interval_ms, min_interval_ms, output_triggered, reprotect)
+    wanted = (interval_ms, min_interval_ms, output_triggered, reprotect, encoding)
     if all(value is None for value in wanted):
         raise typer.BadParameter("give at least one option to change, for example --interval-ms 20")
     patch = PolicyPatch(
@@ -213,6 +216,7 @@ def change(
         min_interval_ms=min_interval_ms,
         output_triggered=output_triggered,
         reprotect=_reprotect(reprotect),
+        encoding=_encoding(encoding),
     )
     with client_of(url, timeout) as client:
         _show_protection(client.change(vm, patch), output)
@@ -224,6 +228,16 @@ def _reprotect(value: str | None) -> Literal["auto", "manual"] | None:
             return value
         case _:
             raise typer.BadParameter("write auto or manual", param_hint="--reprotect")
+
+
+def _encoding(value: str | None) -> EncodingPolicy | None:
+    match value:
+        case None | "auto" | "none" | "delta" | "zstd" | "delta-zstd":
+            return value
+        case _:
+            raise typer.BadParameter(
+                "write auto, none, delta, zstd or delta-zstd", param_hint="--encoding"
+            )
 
 
 def _has_protection(vm: Vm) -> bool:
@@ -266,6 +280,14 @@ def _vm_row(vm: Vm) -> list[str]:
     ]
 
 
+def _encoding_of(protection: Protection) -> str:
+    """Return how checkpoints are encoded; with `auto` also why."""
+    wanted, report = protection.policy.encoding, protection.primary_report
+    if wanted != "auto" or report is None or not report.encoding:
+        return wanted
+    return f"auto: {report.encoding} ({report.encoding_reason})"
+
+
 def _show_protection(protection: Protection, output: OutputFormat) -> None:
     if output is not TABLE:
         show_model(protection, output)
@@ -288,6 +310,7 @@ def _show_protection(protection: Protection, output: OutputFormat) -> None:
             ("primary", protection.primary),
             ("backup", protection.backup or "none"),
             ("policy", f"{name}: every {policy.interval_ms} ms{triggered}"),
+            ("encoding", _encoding_of(protection)),
             ("acknowledged epoch", str(protection.acknowledged_epoch)),
             ("pause p50 / p99", median_and_tail(protection.pause_ms, " ms")),
             ("acknowledgement p50 / p99", median_and_tail(protection.acknowledgement_ms, " ms")),

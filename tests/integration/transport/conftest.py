@@ -6,13 +6,31 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
+from tests.integration.transport.certificates import secured
 from tests.integration.transport.loopback import DEADLINE_SECONDS, Sockets
 
 from holdfast_agent.transport.opening import accept, connect, listen
 
 
+@pytest.fixture(params=["tcp", "tls"])
+def sockets(
+    request: pytest.FixtureRequest, tcp_sockets: Callable[..., Sockets]
+) -> Iterator[Callable[..., Sockets]]:
+    """Make pairs of connected sockets, with and without TLS: (primary's, backup's)."""
+    with contextlib.ExitStack() as stack:
+
+        def make(buffer_bytes: int = 0) -> Sockets:
+            primary, backup = secured(*tcp_sockets(buffer_bytes))
+            for sock in (primary, backup):
+                sock.setblocking(True)
+                stack.enter_context(sock)
+            return primary, backup
+
+        yield make if request.param == "tls" else tcp_sockets
+
+
 @pytest.fixture
-def sockets() -> Iterator[Callable[..., Sockets]]:
+def tcp_sockets() -> Iterator[Callable[..., Sockets]]:
     """Make pairs of connected sockets: (primary's, backup's)."""
     with contextlib.ExitStack() as stack:
 

@@ -1,13 +1,16 @@
 """Both sides of connections over real loopback sockets."""
 
 import socket
+import ssl
 import time
 from collections.abc import Callable
 
 from holdfast_agent.core.frames import FrameLimits
 from holdfast_agent.core.payloads import Hello
 from holdfast_agent.transport.connection import Frame, FrameConnection
+from holdfast_agent.transport.stream import Stream
 from holdfast_agent.transport.tcp import TcpStream
+from holdfast_agent.transport.tls import TlsStream
 from holdfast_api.words import Role
 
 DEADLINE_SECONDS = 20.0
@@ -38,6 +41,11 @@ def hello(**changes: object) -> Hello:
     return Hello.model_validate(fields | changes)
 
 
+def stream_over(sock: socket.socket) -> Stream:
+    """Return the stream that fits the socket."""
+    return TlsStream(sock) if isinstance(sock, ssl.SSLSocket) else TcpStream(sock)
+
+
 def over(
     sock: socket.socket,
     role: Role,
@@ -50,7 +58,7 @@ def over(
 ) -> FrameConnection:
     """Return a side of a connection that was greeted and welcomed already."""
     connection = FrameConnection(
-        TcpStream(sock),
+        stream_over(sock),
         role=role,
         generation=7,
         silence_limit_seconds=silence_limit_seconds,

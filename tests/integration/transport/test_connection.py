@@ -371,9 +371,9 @@ def lines_until(process: "subprocess.Popen[str]", word: str) -> list[str]:
     return lines
 
 
-def test_a_process_that_was_stopped_does_not_suspect_a_peer_that_lives(sockets: Pair) -> None:
+def test_a_process_that_was_stopped_does_not_suspect_a_peer_that_lives(tcp_sockets: Pair) -> None:
     limit = 1.0
-    primary_socket, backup_socket = sockets()
+    primary_socket, backup_socket = tcp_sockets()  # a TLS session can not go to another process
     primary = over(primary_socket, Role.PRIMARY, silence_limit_seconds=30)
     ended = threading.Event()
 

@@ -1,6 +1,5 @@
 """How connections begin: addresses, greetings, refusals, and handing the socket to a worker."""
 
-import os
 import select
 import socket
 import threading
@@ -9,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.integration.transport.loopback import DEADLINE_SECONDS, Sockets, hello, next_frame
+from tests.integration.transport.loopback import (
+    DEADLINE_SECONDS,
+    Sockets,
+    hello,
+    next_frame,
+    stream_over,
+)
 
 from holdfast_agent.core.failures import PeerLost
 from holdfast_agent.core.frames import FrameEncoder, FrameKind, FrameRejected, RejectionCode
@@ -27,7 +32,6 @@ from holdfast_agent.transport.opening import (
     refuse,
     welcome,
 )
-from holdfast_agent.transport.tcp import TcpStream
 from holdfast_api.words import ClaimReason, Role
 
 Pair = Callable[..., Sockets]
@@ -35,7 +39,7 @@ Pair = Callable[..., Sockets]
 
 def connection_over(sock: socket.socket, role: Role, received_frames: int = 0) -> FrameConnection:
     return FrameConnection(
-        TcpStream(sock),
+        stream_over(sock),
         role=role,
         generation=7,
         silence_limit_seconds=5,
@@ -54,7 +58,7 @@ def test_a_greeting_is_welcomed_and_both_sides_are_bound(sockets: Pair) -> None:
     primary = connection_over(primary_socket, Role.PRIMARY)
 
     def answer() -> None:
-        heard = receive_hello(backup_socket, 5)
+        heard = receive_hello(stream_over(backup_socket), 5)
         assert heard == hello()
         backup = connection_over(backup_socket, Role.BACKUP, received_frames=1)
         welcome(backup)
@@ -81,7 +85,7 @@ def test_two_connections_never_share_an_id(sockets: Pair) -> None:
 
 def test_a_refusal_says_why(sockets: Pair) -> None:
     primary_socket, backup_socket = sockets()
-    refuse(backup_socket, 7, Refusal(code="wrong-machine", explanation="no q35 here"))
+    refuse(stream_over(backup_socket), 7, Refusal(code="wrong-machine", explanation="no q35 here"))
     with pytest.raises(PeerRefused, match="no q35 here") as caught:
         greet(connection_over(primary_socket, Role.PRIMARY), hello(), DEADLINE_SECONDS)
     assert caught.value.refusal.code == "wrong-machine"
@@ -91,7 +95,7 @@ def test_refusing_a_peer_that_has_gone_does_not_matter(sockets: Pair) -> None:
     primary_socket, backup_socket = sockets()
     backup_socket.shutdown(socket.SHUT_WR)
     primary_socket.close()
-    refuse(backup_socket, 7, Refusal(code="x", explanation="y"))
+    refuse(stream_over(backup_socket), 7, Refusal(code="x", explanation="y"))
 
 
 def test_a_welcome_of_another_generation_is_refused(sockets: Pair) -> None:
@@ -114,21 +118,23 @@ def test_an_agent_that_does_not_answer_is_lost_in_time(sockets: Pair) -> None:
 def test_a_hello_is_read_without_a_byte_of_what_follows(sockets: Pair) -> None:
     primary_socket, backup_socket = sockets()
     primary_socket.sendall(hello_frame() + b"next")
-    assert receive_hello(backup_socket, DEADLINE_SECONDS) == hello()
+    assert receive_hello(stream_over(backup_socket), DEADLINE_SECONDS) == hello()
     assert backup_socket.recv(100) == b"next"
 
 
-def test_a_socket_can_be_handed_to_another_process_after_its_hello(sockets: Pair) -> None:
+def test_a_stream_that_heard_a_hello_goes_on_with_what_follows(sockets: Pair) -> None:
     primary_socket, backup_socket = sockets()
     primary_socket.sendall(hello_frame())
-    heard = receive_hello(backup_socket, DEADLINE_SECONDS)
-    agent_end, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with agent_end, worker_end:
-        socket.send_fds(agent_end, [b"peer-connected"], [backup_socket.fileno()])
-        backup_socket.close()
-        _, descriptors, _, _ = socket.recv_fds(worker_end, 100, 1)
-    passed = socket.socket(fileno=descriptors[0])
-    with connection_over(passed, Role.BACKUP, received_frames=1) as backup:
+    stream = stream_over(backup_socket)
+    heard = receive_hello(stream, DEADLINE_SECONDS)
+    with FrameConnection(
+        stream,
+        role=Role.BACKUP,
+        generation=heard.generation,
+        silence_limit_seconds=5,
+        keepalive_seconds=1,
+        received_frames=1,
+    ) as backup:
         answered = welcome(backup)
         primary = connection_over(primary_socket, Role.PRIMARY)
         primary._encoder.sequence = 1
@@ -136,8 +142,6 @@ def test_a_socket_can_be_handed_to_another_process_after_its_hello(sockets: Pair
         primary.bind(answered.connection)
         primary.send(FrameKind.PAGES, 0, [b"x"])
         assert next_frame(backup).header.generation == heard.generation
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(descriptors[0])
 
 
 def test_a_hello_that_drips_is_given_up_at_the_deadline(sockets: Pair) -> None:
@@ -154,7 +158,7 @@ def test_a_hello_that_drips_is_given_up_at_the_deadline(sockets: Pair) -> None:
     dripper.start()
     try:
         with pytest.raises(PeerLost) as caught:
-            receive_hello(backup_socket, 0.2)
+            receive_hello(stream_over(backup_socket), 0.2)
         assert caught.value.reason == ClaimReason.PEER_SILENT
     finally:
         ended.set()
@@ -165,7 +169,7 @@ def test_a_peer_that_hangs_up_before_its_hello_is_lost(sockets: Pair) -> None:
     primary_socket, backup_socket = sockets()
     primary_socket.close()
     with pytest.raises(PeerLost) as caught:
-        receive_hello(backup_socket, DEADLINE_SECONDS)
+        receive_hello(stream_over(backup_socket), DEADLINE_SECONDS)
     assert caught.value.reason == ClaimReason.STREAM_BROKEN
 
 
@@ -173,7 +177,7 @@ def test_a_hello_whose_words_and_header_disagree_is_refused(sockets: Pair) -> No
     primary_socket, backup_socket = sockets()
     primary_socket.sendall(hello_frame(generation=8))
     with pytest.raises(FrameRejected) as caught:
-        receive_hello(backup_socket, DEADLINE_SECONDS)
+        receive_hello(stream_over(backup_socket), DEADLINE_SECONDS)
     assert caught.value.code is RejectionCode.WRONG_GENERATION
 
 
@@ -181,7 +185,7 @@ def test_somebody_who_speaks_http_is_refused(sockets: Pair) -> None:
     primary_socket, backup_socket = sockets()
     primary_socket.sendall(b"GET / HTTP/1.1\r\n" + b"X" * 64)
     with pytest.raises(FrameRejected, match="bad-magic"):
-        receive_hello(backup_socket, DEADLINE_SECONDS)
+        receive_hello(stream_over(backup_socket), DEADLINE_SECONDS)
 
 
 def test_an_address_where_nobody_listens_is_lost_at_once() -> None:

@@ -249,6 +249,19 @@ def test_frames_read_ahead_are_due_at_once(sockets: Pair) -> None:
         primary.send_pages(0, np.arange(64), np.zeros((64, 4096), np.uint8), NO_PAGES)
     assert primary.next_due_ns() == 0
     assert primary.receive() == AcknowledgementArrived(1)
+    assert primary.receive() is None
+    assert primary.next_due_ns() > 0
+
+
+def test_who_stops_receiving_before_all_is_taken_is_due_at_once(sockets: Pair) -> None:
+    # TLS may have taken in all of it, and then no descriptor becomes readable for it.
+    primary, backup = peers(sockets())
+    for epoch in (1, 2):
+        backup.send_acknowledgement(epoch)
+    assert wait(primary) == AcknowledgementArrived(1)
+    assert primary.next_due_ns() == 0
+    assert wait(primary) == AcknowledgementArrived(2)
+    assert primary.receive() is None
     assert primary.next_due_ns() > 0
 
 

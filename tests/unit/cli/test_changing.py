@@ -262,6 +262,7 @@ def test_change_sends_only_what_was_given(controller: FakeController, holdfast: 
         "min_interval_ms": None,
         "output_triggered": False,
         "reprotect": None,
+        "encoding": None,
     }
 
 
@@ -271,6 +272,7 @@ def test_change_sends_only_what_was_given(controller: FakeController, holdfast: 
         ("change", "redis"),
         ("change", "redis", "--interval-ms", "4"),
         ("change", "redis", "--reprotect", "never"),
+        ("change", "redis", "--encoding", "gzip"),
         ("host", "set", "h1"),
         ("host", "set", "h1", "--label", "rack"),
         ("host", "set", "h1", "--label", "=a"),
