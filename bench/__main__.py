@@ -9,6 +9,7 @@
 | `idle`      | CPU of both sides for a guest that does nothing                             |
 | `seeding`   | rate of filling a backup, and how long the guest ever stood for it          |
 | `counting`  | 10,000 INCRs through three deaths of the host, with the failovers' times    |
+| `encoding`  | checkpoints of a Redis under writes: encoded each way, fast and slow links  |
 | `planning`  | one pass of the planner over 1,000 hosts and 10,000 protections             |
 | `claims`    | a claim while 1,000 agents beat and poll against three controllers          |
 """
@@ -16,7 +17,7 @@
 import runpy
 import sys
 
-from bench import control_plane, planning, protection
+from bench import control_plane, encoding, planning, protection
 
 MEASUREMENTS = {
     "pause": protection.pause,
@@ -24,6 +25,7 @@ MEASUREMENTS = {
     "idle": protection.idle,
     "seeding": protection.seeding,
     "counting": protection.counting,
+    "encoding": encoding.encoding,
     "planning": planning.planning,
     "claims": control_plane.claims,
 }

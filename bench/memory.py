@@ -1,6 +1,8 @@
 """Measures harvest and copy of guest memory against a plain numpy copy of as many pages.
 
-Run: `python bench/memory.py [--epochs 60] [-o json]`. Needs root, Linux 6.7, 5 GB of memory.
+Run: `python bench/memory.py [--epochs 60] [-o json]`. Needs root and 5 GB of memory; measures what
+the kernel offers: scans with Linux 6.7, soft-dirty marks (private memory) where they are built in,
+as in a booted host (`./dev booted --memory-mb 6144 .venv/bin/python bench/memory.py`).
 
 Each case is a process with one RAM block, all of it populated, that writes to random pages between
 the epochs and stands still while it is harvested, as a guest does. The anchor is `numpy.take` of
@@ -28,7 +30,14 @@ from holdfast_agent.core.memory_map import (
     PageRows,
     empty_rows,
 )
-from holdfast_agent.memory import BlockLocation, GuestMemory, PagemapScanTracker, zero_pages
+from holdfast_agent.memory import (
+    BlockLocation,
+    GuestMemory,
+    PagemapScanTracker,
+    SoftDirtyTracker,
+    unavailable,
+    zero_pages,
+)
 from holdfast_agent.memory.injection import run_in_process
 
 CASES = ((256, 620), (2048, 4000))
@@ -62,7 +71,11 @@ def timed_ms(call: Callable[[], object]) -> float:
 
 
 def measure(
-    target: Any, memory: GuestMemory, tracker: PagemapScanTracker, dirty: int, epochs: int
+    target: Any,
+    memory: GuestMemory,
+    tracker: PagemapScanTracker | SoftDirtyTracker,
+    dirty: int,
+    epochs: int,
 ) -> dict[str, float]:
     """Return the medians over the epochs of one tracker on one target."""
     chance = np.random.default_rng(7)
@@ -109,13 +122,19 @@ def run_case(module: Any, size_mib: int, dirty: int, kind: str, epochs: int) -> 
         memory_map = MemoryMap.of_sizes((it.name, it.size_bytes) for it in locations)
         memory = GuestMemory(target.pid, locations, memory_map)
         inject_ms = timed_ms(lambda: run_in_process(target.pid, lambda _: None, 5.0))
-        for two_step in (False, True):
-            tracker = PagemapScanTracker(target.pid, locations, memory_map, two_step=two_step)
+        given = (target.pid, locations, memory_map)
+        ways: dict[str, PagemapScanTracker | SoftDirtyTracker] = {}
+        if unavailable("pagemap-scan") is None:
+            ways["one-step"] = PagemapScanTracker(*given)
+            ways["two-step"] = PagemapScanTracker(*given, two_step=True)
+        if unavailable("soft-dirty") is None and kind == "private":
+            ways["soft-dirty"] = SoftDirtyTracker(*given)
+        for way, tracker in ways.items():
             start_ms = timed_ms(tracker.start)
             row = measure(target, memory, tracker, dirty, epochs)
             close_ms = timed_ms(tracker.close)
             results.append(
-                {"size_mib": size_mib, "dirty_pages": dirty, "kind": kind, "two_step": two_step}
+                {"size_mib": size_mib, "dirty_pages": dirty, "kind": kind, "way": way}
                 | {name: round(value, 3) for name, value in row.items()}
                 | {"start_ms": round(start_ms, 1), "close_ms": round(close_ms, 1)}
                 | {"inject_ms": round(inject_ms, 2)}

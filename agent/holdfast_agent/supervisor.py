@@ -36,6 +36,7 @@ from holdfast_agent.checkpoint.worker_messages import (
     Introduced,
     Noted,
     Ordered,
+    PeerTurnedAway,
     Reported,
     ToAgent,
     WantClaim,
@@ -88,6 +89,8 @@ class Supervisor:
         self._locks: WeakValueDictionary[VmId, asyncio.Lock] = WeakValueDictionary()
         self._at_once = asyncio.Semaphore(ORDERS_AT_ONCE_MAX)
         self._run = config.run_dir / "workers"
+        self.turned_away = 0
+        """Peers that connected to a worker and were not whom it expected."""
 
     # --- what others ask --------------------------------------------------------------------------
 
@@ -109,11 +112,15 @@ class Supervisor:
         return frozenset(self._links)
 
     def backup_link(self, vm: VmId, generation: Generation) -> WorkerLink | None:
-        """Return the living backup worker of this generation, for a primary that connects."""
+        """Return the living backup worker of this generation, for a primary that connects.
+
+        None once it has a standby: its primary is there, and no other can come in a generation.
+        """
         link = self._links.get(vm)
         if link is None or link.introduction.generation != generation:
             return None
-        return link if link.introduction.role is Role.BACKUP else None
+        is_waiting = link.introduction.role is Role.BACKUP and not link.introduction.qemu_pid
+        return link if is_waiting else None
 
     # --- adoption and the end ---------------------------------------------------------------------
 
@@ -372,14 +379,13 @@ class Supervisor:
                     self._outbox.beat_now()
             case WantClaim():
                 await self._claim(link, message.claim)
-            case WantSeeded():
-                self._outbox.seeded(vm, message.generation, self._noted(link, "seeded"))
-            case WantSeedingFailed():
-                self._outbox.seeding_failed(
-                    vm, message.generation, message.reason, self._noted(link, "seeding-failed")
-                )
+            case WantSeeded() | WantSeedingFailed():
+                self._tell_of_seeding(link, message)
             case Happened():
                 self._outbox.event(message.event)
+            case PeerTurnedAway():
+                self.turned_away += 1
+                LOGGER.warning("worker of %s turned a peer away: %s", vm, message.reason)
             case Finished():
                 LOGGER.info("worker of %s finished: %s", vm, message.outcome)
                 if message.vm_lives:
@@ -389,6 +395,14 @@ class Supervisor:
                     await asyncio.to_thread(kill_and_wait, entry.qemu_pid, entry.qemu_start_ticks)
                     self._ledger.forget(vm)
                     await self._remove_remains(vm)
+
+    def _tell_of_seeding(self, link: WorkerLink, want: WantSeeded | WantSeedingFailed) -> None:
+        vm, generation = link.introduction.vm, want.generation
+        if isinstance(want, WantSeeded):
+            self._outbox.seeded(vm, generation, self._noted(link, "seeded"))
+        else:
+            noted = self._noted(link, "seeding-failed")
+            self._outbox.seeding_failed(vm, generation, want.reason, noted)
 
     def _note_holding(self, introduction: Introduced) -> None:
         if introduction.facts is not None:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from holdfast_agent.checkpoint.waiting import wait_readable
-from holdfast_agent.checkpoint.wants import Wants
-from holdfast_agent.checkpoint.worker_messages import Finished, Introduced
+from holdfast_agent.checkpoint.wants import REPEAT_NS, Wants
+from holdfast_agent.checkpoint.worker_messages import Finished, Introduced, Noted, WantSeedingFailed
 from holdfast_agent.config import AgentConfig
 from holdfast_agent.core.payloads import Hello
 from holdfast_agent.host.agent_channel import AgentChannel
 from holdfast_agent.host.processes import start_ticks_of
 from holdfast_agent.hypervisor.preflight import Examination
 from holdfast_api.messages import Assignment
-from holdfast_api.words import HostId
+from holdfast_api.words import Generation, HostId
 
 LAST_WORD_SECONDS = 3.0
 HURRIED_NICENESS = -10
@@ -52,7 +52,12 @@ class WorkerOrder:
 
 
 def hello_of(
-    assignment: Assignment, host: HostId, blocks: tuple[tuple[str, int], ...], spec: dict[str, Any]
+    assignment: Assignment,
+    host: HostId,
+    blocks: tuple[tuple[str, int], ...],
+    spec: dict[str, Any],
+    *,
+    has_rdma: bool = False,
 ) -> Hello:
     """Return how the primary on `host` introduces itself; `blocks` and `spec` are its VM's."""
     assert assignment.peer is not None
@@ -65,6 +70,7 @@ def hello_of(
         silence_limit_ms=assignment.policy.silence_limit_ms,
         blocks=blocks,
         spec=spec,
+        rdma=has_rdma and assignment.policy.transport != "tcp",
     )
 
 
@@ -99,6 +105,25 @@ def introduction(
         facts=facts,
         qmp_socket=str(order.qmp_socket),
     )
+
+
+def say_seeding_failed(channel: AgentChannel, generation: Generation, why: str) -> None:
+    """Have it noted why a backup could not be filled; waits for that, but not for long.
+
+    A worker that fails early has met no agent yet, and an agent that meets only its last word can
+    say no more than that it died.
+    """
+    want = WantSeedingFailed(generation=generation, reason=why[:1000])
+    deadline = time.monotonic() + LAST_WORD_SECONDS
+    repeat_at = 0.0
+    while (now := time.monotonic()) < deadline:
+        heard = [message for message, _ in channel.receive()]
+        if Noted(what="seeding-failed") in heard:
+            return
+        if channel.is_connected and now >= repeat_at:
+            channel.send(want)
+            repeat_at = now + REPEAT_NS / 1e9
+        wait_readable(channel.filenos(), 50_000_000)
 
 
 def say_last_word(channel: AgentChannel, outcome: str, *, vm_lives: bool) -> None:

@@ -17,16 +17,16 @@ from holdfast_agent.checkpoint.ports import (
     MemoryCopier,
     OutputPlug,
     OutputSignal,
-    Peer,
 )
 from holdfast_agent.checkpoint.primary import PrimaryDriver, PrimaryParts
 from holdfast_agent.checkpoint.seeding import Seeding
-from holdfast_agent.checkpoint.worker_messages import WantSeedingFailed
+from holdfast_agent.checkpoint.worker_messages import Happened
 from holdfast_agent.core.epoch import PrimaryMachine
 from holdfast_agent.core.failures import PeerLost, VirtualMachineFailed, VirtualMachineGone
 from holdfast_agent.core.frames import DEFAULT_LIMITS, FrameRejected
 from holdfast_agent.core.memory_map import MemoryMap, empty_rows
 from holdfast_agent.core.pages import OwedPages
+from holdfast_agent.core.preface import Preface
 from holdfast_agent.core.slabs import SlabPool
 from holdfast_agent.core.vm_spec import VmSpec
 from holdfast_agent.host.agent_channel import AgentChannel
@@ -37,10 +37,12 @@ from holdfast_agent.hypervisor.saving import status_of
 from holdfast_agent.memory import TRACKERS, GuestMemory, choose_tracker, zero_pages
 from holdfast_agent.network.filter_plug import FilterPlug, UnbufferedPlug
 from holdfast_agent.network.output_signal import SilentSignal
+from holdfast_agent.network.selection import Plug, leftover_plug, make_plug, outlook_of
 from holdfast_agent.transport.connection import FrameConnection
-from holdfast_agent.transport.opening import PeerRefused, connect, greet
+from holdfast_agent.transport.identity import Identity, IdentityUnusable
+from holdfast_agent.transport.opening import PeerRefused, greet, reach
 from holdfast_agent.transport.peer import FramePeer
-from holdfast_agent.transport.tcp import TcpStream
+from holdfast_agent.transport.rdma.moving import Carrier, choose
 from holdfast_agent.worker_order import (
     SEEDING_SILENCE_SECONDS,
     WorkerOrder,
@@ -48,8 +50,9 @@ from holdfast_agent.worker_order import (
     hurry,
     introduction,
     say_last_word,
+    say_seeding_failed,
 )
-from holdfast_api.words import Role, Severity
+from holdfast_api.words import EventKind, Role, Severity
 
 LOGGER = logging.getLogger(__name__)
 CONNECT_SECONDS = 2.0
@@ -80,6 +83,8 @@ class Attached:
                 self.plug.remove()
             except VirtualMachineFailed as error:
                 LOGGER.warning("taking the plugs out: %s", error)
+        else:
+            self.plug.discard()
         self.machine.close()
 
 
@@ -94,12 +99,14 @@ def protect(order: WorkerOrder) -> None:
         return
     vm_lives = True
     try:
-        peer = _find_backup(order, attached)
-    except (PeerLost, PeerRefused, FrameRejected) as error:
+        peer, carrier = _find_backup(order, attached)
+    except (PeerLost, PeerRefused, FrameRejected, IdentityUnusable) as error:
         outcome = f"the backup could not be reached: {error}"
-        channel.send(WantSeedingFailed(generation=order.assignment.generation, reason=outcome))
+        say_seeding_failed(channel, order.assignment.generation, outcome)
     else:
-        driver = _driver(order, channel, attached, peer)
+        if carrier.fell_back:
+            _tell_of_fallback(order, channel, carrier)
+        driver = _driver(order, channel, attached, peer, carrier.name)
         outcome = driver.run()
         vm_lives = driver.vm_lives
     attached.close(vm_lives=vm_lives)
@@ -129,8 +136,18 @@ def recover(order: WorkerOrder, *, is_certain: bool) -> None:
 
 
 def _give_up(order: WorkerOrder, channel: AgentChannel, why: str) -> None:
-    channel.send(WantSeedingFailed(generation=order.assignment.generation, reason=why[:1000]))
+    say_seeding_failed(channel, order.assignment.generation, why)
     say_last_word(channel, why, vm_lives=True)
+
+
+def _tell_of_fallback(order: WorkerOrder, channel: AgentChannel, carrier: Carrier) -> None:
+    LOGGER.warning("no RDMA: %s", carrier.fell_back)
+    event = order.wants(channel).event(
+        EventKind.TRANSPORT_FELL_BACK,
+        f"checkpoints go over TCP and not RDMA: {carrier.fell_back}",
+        {"backup": order.assignment.peer, "transport": carrier.name},
+    )
+    channel.send(Happened(event=event))
 
 
 def _attach(order: WorkerOrder, channel: AgentChannel, *, keeps_closed: bool = False) -> Attached:
@@ -144,14 +161,16 @@ def _attach(order: WorkerOrder, channel: AgentChannel, *, keeps_closed: bool = F
         stack.callback(machine.close)
         if status_of(machine.qmp) == "inmigrate":
             raise VirtualMachineGone("it is a standby that was never brought to life")
-        found = examine(machine.qmp, machine.pid, argv_of(machine.pid))
+        found = examine(
+            machine.qmp, machine.pid, argv_of(machine.pid), outlook_of(order.config.plug)
+        )
         channel.introduce(introduction(order, found))
         blocking = [issue for issue in found.issues if issue.severity is Severity.BLOCKING]
         if blocking and order.mode == "protect":
             raise VirtualMachineFailed("; ".join(issue.message for issue in blocking))
         memory_map = MemoryMap.of_sizes((block.name, block.size_bytes) for block in found.blocks)
         spec = machine.spec(order.assignment.vm, memory_map)
-        plug, signal = _plug(order, machine)
+        plug, signal = _plug(order, machine, found)
         plug.install()
         stack.callback(plug.remove)
         if keeps_closed:
@@ -170,11 +189,21 @@ def _attach(order: WorkerOrder, channel: AgentChannel, *, keeps_closed: bool = F
 
 
 def _plug(
-    order: WorkerOrder, machine: QemuMachine
-) -> tuple[FilterPlug | UnbufferedPlug, OutputSignal]:
-    if order.assignment.policy.output == "unbuffered":
+    order: WorkerOrder, machine: QemuMachine, found: Examination
+) -> tuple[Plug | UnbufferedPlug, OutputSignal]:
+    """Return what holds the output: what an earlier worker left, or the best there is."""
+    policy = order.assignment.policy
+    taps = [nic.tap for nic in found.nics]
+    left = leftover_plug(machine.qmp, taps)
+    if policy.output == "unbuffered" and left is None:
         return UnbufferedPlug(), SilentSignal()
-    plug = FilterPlug(machine.qmp, machine.netdev_ids())
+    plug = make_plug(
+        left or found.plug or FilterPlug.name,
+        machine.qmp,
+        netdev_ids=machine.netdev_ids(),
+        taps=taps,
+        limit_bytes=policy.held_limit_bytes,
+    )
     return plug, plug.signal
 
 
@@ -201,23 +230,36 @@ def _tracker(
     return choice.tracker
 
 
-def _find_backup(order: WorkerOrder, attached: Attached) -> FramePeer:
-    """Connect to the backup's worker and be welcomed. Raises PeerLost, PeerRefused."""
+def _find_backup(order: WorkerOrder, attached: Attached) -> tuple[FramePeer, Carrier]:
+    """Connect to the backup's worker and be welcomed.
+
+    Raises PeerLost, PeerRefused, FrameRejected or IdentityUnusable.
+    """
     assignment, policy = order.assignment, order.assignment.policy
+    assert assignment.peer is not None
     assert assignment.peer_address is not None
+    identity = Identity.of(order.config)
+    preface = Preface(assignment.vm, assignment.generation, tls=identity is not None)
     spec = attached.spec
-    hello = hello_of(assignment, order.config.host, spec.blocks, spec.model_dump(mode="json"))
+    hello = hello_of(
+        assignment,
+        order.config.host,
+        spec.blocks,
+        spec.model_dump(mode="json"),
+        has_rdma=bool(order.config.rdma_address),
+    )
     deadline = time.monotonic() + EXPECTED_SECONDS
     while True:
         connection = FrameConnection(
-            TcpStream(connect(assignment.peer_address, CONNECT_SECONDS)),
+            reach(assignment.peer_address, preface, assignment.peer, identity, CONNECT_SECONDS),
             role=Role.PRIMARY,
             generation=assignment.generation,
             silence_limit_seconds=max(SEEDING_SILENCE_SECONDS, policy.silence_limit_ms / 1000),
             keepalive_seconds=policy.keepalive_ms / 1000,
         )
         try:
-            greet(connection, hello, GREET_SECONDS)
+            welcome = greet(connection, hello, GREET_SECONDS)
+            carrier = choose(connection, welcome, policy.transport, order.config.rdma_address)
         except PeerRefused as refused:
             connection.close()
             if refused.refusal.code != "not-expected" or time.monotonic() > deadline:
@@ -227,19 +269,29 @@ def _find_backup(order: WorkerOrder, attached: Attached) -> FramePeer:
             connection.close()
             raise
         else:
-            return FramePeer(
+            peer = FramePeer(
                 connection,
                 map_page_count=attached.spec.memory_map.page_count,
                 silence_limit_seconds=policy.silence_limit_ms / 1000,
+                delta_cache_bytes=order.config.delta_cache_bytes,
             )
+            return peer, carrier
 
 
 def _driver(
-    order: WorkerOrder, channel: AgentChannel, attached: Attached, peer: Peer | None
+    order: WorkerOrder,
+    channel: AgentChannel,
+    attached: Attached,
+    peer: FramePeer | None,
+    transport: str = "",
 ) -> PrimaryDriver:
     memory_map = attached.memory.memory_map
     slab_size_bytes = DEFAULT_LIMITS.slab_size_bytes
-    slabs = SlabPool(slab_size_bytes, memory_map.size_bytes + slab_size_bytes)
+    slabs = SlabPool(
+        slab_size_bytes,
+        memory_map.size_bytes + slab_size_bytes,
+        made=peer.register if peer is not None else lambda _: None,
+    )
     capturer = Capturer(
         vm=attached.machine,
         plug=attached.plug,
@@ -251,12 +303,14 @@ def _driver(
     )
     seeding = None
     if peer is not None:
+        slab = empty_rows(slabs.pages_per_slab)
+        peer.register(slab)
         seeding = Seeding(
             vm=attached.machine,
             tracker=attached.tracker,
             memory=attached.memory,
             peer=peer,
-            slab=empty_rows(slabs.pages_per_slab),
+            slab=slab,
             zero_pages=zero_pages,
             now_ns=time.monotonic_ns,
             bytes_per_second=order.config.seeding_bytes_per_second,
@@ -275,6 +329,7 @@ def _driver(
             generation=assignment.generation,
             tracker=attached.tracker.name,
             plug=attached.plug.name,
+            transport=transport,
         ),
         assignment=assignment,
         now_ns=time.monotonic_ns,

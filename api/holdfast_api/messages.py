@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from holdfast_api.records import (
+    EncodingPolicy,
     Event,
     Host,
     HostFacts,
@@ -51,6 +52,7 @@ class PolicyPatch(Model):
     min_interval_ms: int | None = Field(default=None, ge=1, le=10_000)
     output_triggered: bool | None = None
     reprotect: Literal["auto", "manual"] | None = None
+    encoding: EncodingPolicy | None = None
 
 
 class HostPatch(Model):

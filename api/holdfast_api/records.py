@@ -5,7 +5,7 @@ Units stand at the end of each name. Times are UTC seconds since 1970 as floats;
 people and never compared to decide anything.
 """
 
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -49,6 +49,9 @@ class Placement(Model):
     exclude_hosts: tuple[HostId, ...] = Field(default=(), max_length=256)
 
 
+EncodingPolicy: TypeAlias = Literal["auto", "none", "delta", "zstd", "delta-zstd"]
+
+
 class Policy(Model):
     """What the operator asked for; stored, never edited by Holdfast itself."""
 
@@ -61,7 +64,17 @@ class Policy(Model):
     """Take a checkpoint at once when output waits, not nearer than `min_interval_ms`."""
     output: Literal["hold", "unbuffered"] = "hold"
     """`unbuffered` lets output leave before it is acknowledged: UNSAFE, for measuring only."""
-    transport: Literal["auto", "tcp"] = "auto"
+    held_limit_bytes: int = Field(default=64 << 20, ge=1 << 20, le=(1 << 32) - 1)
+    """So much output of one NIC is held at most; whole packets beyond it are dropped, as a network
+    may, and it is said. At half of it a checkpoint is taken at once."""
+    transport: Literal["auto", "tcp", "rdma"] = "auto"
+    """How checkpoints travel. `auto` takes RDMA where both hosts have an RDMA address configured
+    and it works, else TCP. `rdma` takes no backup that can not be reached so. RDMA is checksummed
+    but not encrypted."""
+    encoding: EncodingPolicy = "auto"
+    """What is done to the pages of checkpoints before they are sent. `delta` sends what changed in
+    pages that the backup has, `zstd` compresses, `none` spares both hosts' processors. `auto` takes
+    what is acknowledged soonest, by measurement. Pages of zeros are never sent as such."""
     keepalive_ms: int = Field(default=50, ge=10, le=10_000)
     """How often each side says that it lives."""
     keepalive_misses: int = Field(default=5, ge=2, le=100)
@@ -112,6 +125,10 @@ class HostFacts(Model):
     accelerators: tuple[str, ...] = Field(default=(), max_length=8)
     trackers: tuple[str, ...] = Field(default=(), max_length=8)
     """Dirty trackers that this host's kernel offers, best first."""
+    plugs: tuple[str, ...] = Field(default=(), max_length=8)
+    """Ways to hold output that this host has, best first."""
+    transports: tuple[str, ...] = Field(default=(), max_length=8)
+    """How checkpoints can travel from and to this host, best first. Empty: not known."""
     bridges: tuple[str, ...] = Field(default=(), max_length=256)
     agent_version: str = Field(max_length=64)
 
@@ -167,6 +184,9 @@ class VmFacts(Model):
     accelerator: str
     bridges: tuple[str, ...] = ()
     """Bridges that its NICs are attached to; a backup host must have them all."""
+    plugs: tuple[str, ...] = ()
+    """Ways to hold its output that serve its NICs; a backup host must have one of them, or the VM
+    could not be protected again after a failover. Empty: not known."""
     issues: tuple[PreflightIssue, ...] = ()
     pid: int = Field(ge=0)
     start_ticks: int = Field(default=0, ge=0)
@@ -299,6 +319,12 @@ class WorkerReport(Model):
     checkpoints: int = Field(default=0, ge=0)
     tracker: str = ""
     plug: str = ""
+    transport: str = ""
+    """How a primary's checkpoints travel: `tcp` or `rdma`."""
+    encoding: str = ""
+    """How a primary encodes the pages of checkpoints, but for trials of another way."""
+    encoding_reason: str = ""
+    """Why so: the policy, or what was measured."""
     seeding: SeedingProgress | None = None
     counters: dict[str, float] = Field(default_factory=dict)
     """Monotonic counts and sums, by metric name."""

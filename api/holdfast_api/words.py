@@ -100,6 +100,8 @@ class EventKind(StrEnum):
     FAILED_OVER = "FailedOver"
     SWITCHOVER_REQUESTED = "SwitchoverRequested"
     GUEST_ENDED = "GuestEnded"
+    OUTPUT_DROPPED = "OutputDropped"
+    TRANSPORT_FELL_BACK = "TransportFellBack"
     VM_LOST = "VmLost"
     VM_DESTROYED = "VmDestroyed"
     WORKER_FAILED = "WorkerFailed"

@@ -67,6 +67,7 @@ def up(
     host_memory: Annotated[
         str, typer.Option(help="What each host shall say it has, as in 2G; empty: the truth.")
     ] = "",
+    tls: Annotated[bool, typer.Option(help="Hosts speak TLS to each other.")] = True,
     replace: Annotated[bool, typer.Option(help="Even if a lab of this name works.")] = False,
 ) -> None:
     """Make a lab and wait until it works. What is left of a crashed one is removed first."""
@@ -80,6 +81,7 @@ def up(
         components=[word for word in components.split(",") if word],
         accelerator=accelerator,
         memory_total_bytes=parse_memory_mb(host_memory) << 20 if host_memory else None,
+        tls=tls,
         owned=False,
         say=lambda step: console.print(f"  {step}", highlight=False),
     )
@@ -129,6 +131,8 @@ def run_vm(
     dirty_pps: Annotated[int, typer.Option(help="Pages it rewrites in each second.")] = 0,
     nics: int = 1,
     graphics: bool = True,
+    cpu: Annotated[str, typer.Option(help="As QEMU's -cpu takes it.")] = "max",
+    vhost: Annotated[bool, typer.Option(help="Its NICs by vhost: needs kernel plugs.")] = False,
     wait: Annotated[bool, typer.Option(help="Until its Redis answers.")] = True,
     name: Name = "lab",
 ) -> None:
@@ -141,6 +145,8 @@ def run_vm(
         dirty_pps=dirty_pps,
         nics=nics,
         graphics=graphics,
+        cpu=cpu,
+        vhost=vhost,
     )
     state = Lab.attach(name).run_vm(vm, host, options, wait=wait)
     verb = "serves Redis" if wait else "boots"

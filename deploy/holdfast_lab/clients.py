@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -16,6 +17,13 @@ from holdfast_lab.errors import LabError
 
 REDIS_PORT = 6379
 CHUNK_BYTES = 65536
+
+
+def _encoded(words: Sequence[str | int]) -> bytes:
+    """Return a command as Redis reads it."""
+    encoded = [str(word).encode() for word in words]
+    parts = [b"*%d\r\n" % len(encoded)]
+    return b"".join(parts + [b"$%d\r\n%s\r\n" % (len(word), word) for word in encoded])
 
 
 class RedisConnection:
@@ -45,10 +53,14 @@ class RedisConnection:
         Raises LabError when Redis answers with an error or something too rich for this client, and
         OSError (TimeoutError among them) when the connection fails.
         """
-        encoded = [str(word).encode() for word in words]
-        parts = [b"*%d\r\n" % len(encoded)]
-        parts += [b"$%d\r\n%s\r\n" % (len(word), word) for word in encoded]
-        self._socket.sendall(b"".join(parts))
+        return self.commands([words])[0]
+
+    def commands(self, commands: Sequence[Sequence[str | int]]) -> list[str | int | None]:
+        """Send commands at once and return their answers. Raises as `command` does."""
+        self._socket.sendall(b"".join(_encoded(words) for words in commands))
+        return [self._answer() for _ in commands]
+
+    def _answer(self) -> str | int | None:
         line = self._line()
         kind, rest = line[:1], line[1:]
         if kind == b":":

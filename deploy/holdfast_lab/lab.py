@@ -57,15 +57,17 @@ class Lab(Faults):
         accelerator: str = "tcg",
         memory_total_bytes: int | None = None,
         clocks: bool = False,
+        tls: bool = True,
         owned: bool = True,
         say: Say = lambda _: None,
     ) -> Self:
         """Make a lab, in the place of one with the same name, and wait until it works.
 
         `controllers`, `etcd`: how many replicas, how many members; several have a machine each.
-        `clocks`: the hosts' clocks can be stopped. An `owned` lab ends with the calling process, at
-        the latest when another comes up. Leaves nothing behind when it fails: raises LabRefused for
-        what cannot be, LabTimedOut (with the end of the log) when a service does not come up.
+        `clocks`: the hosts' clocks can be stopped. `tls`: hosts speak by it to each other. An
+        `owned` lab ends with the calling process, at the latest when another comes up. Leaves
+        nothing behind when it fails: raises LabRefused for what cannot be, LabTimedOut (with the
+        end of the log) when a service does not come up.
         """
         folder = Folder(name)
         if not 1 <= hosts <= HOSTS_MAX:
@@ -81,6 +83,7 @@ class Lab(Faults):
             accelerator=accelerator,
             memory_total_bytes=memory_total_bytes,
             clocks=clocks,
+            tls=tls,
             owner=processes.this_process() if owned else None,
             hosts={f"h{number}": True for number in range(1, hosts + 1)},
             replicas=replicas,
@@ -157,6 +160,8 @@ class Lab(Faults):
         self.down()
 
     def _bring_up(self, state: LabState) -> None:
+        if state.tls and "agents" in state.components:
+            services.make_certificates(self.folder, state)
         self._say(f"network: a switch, {', '.join(state.hosts)}")
         self.network.create_switch()
         for party in (*control_plane.parties(state), *state.hosts):

@@ -3,6 +3,7 @@
 Starts and signals processes; asks the services over the network whether they work yet.
 """
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ HOSTS_DEADLINE_SECONDS = 60.0
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
 LOG_TAIL_LINES = 15
+PATIENCE = "HOLDFAST_LAB_PATIENCE"
+"""An environment variable: how many times as long as usual to wait, for machines that are slow."""
 
 
 class Running:
@@ -103,6 +106,8 @@ class Running:
 
     def _wait(self, service: str, seconds: float, probe: Callable[[], bool]) -> None:
         """Poll until `probe` holds, as long as the service lives."""
+        patience = float(os.environ.get(PATIENCE, "1"))
+        seconds *= patience
         deadline = time.monotonic() + seconds
         while not probe():
             process = self.state.processes.get(service)
@@ -112,7 +117,7 @@ class Running:
                 raise LabTimedOut(
                     f"{service} was not ready within {seconds:.0f} s{self._tail(service)}"
                 )
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS * patience)  # asking costs what the service lacks
 
     def _tail(self, service: str) -> str:
         """Return the end of a service's log, and of a guest's console, for a message."""

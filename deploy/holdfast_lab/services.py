@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 
+from holdfast_api import pki
 from holdfast_lab import clocks, control_plane
 from holdfast_lab.errors import LabRefused
 from holdfast_lab.network import party_address
@@ -60,6 +61,13 @@ def describe(folder: Folder, state: LabState, name: str) -> Service:
         environment = clocks.environment(folder, host) if state.clocks else {}
         return Service(name, host, _agent(folder, state, host), environment)
     raise LabRefused(f"this lab has no service {name!r}: it has {', '.join(service_names(state))}")
+
+
+def make_certificates(folder: Folder, state: LabState) -> None:
+    """Make an authority for the lab, and what each host needs of it."""
+    pki.make_authority(folder.authority)
+    for host in state.hosts:
+        pki.issue(folder.authority, host)
 
 
 def service_names(state: LabState) -> list[str]:
@@ -161,6 +169,13 @@ def _agent(folder: Folder, state: LabState, host: str) -> list[str]:
         "qmp_sockets": [str(run / "vms" / "*.qmp")],
         "accelerator": state.accelerator,
     }
+    if state.tls:
+        made = folder.authority / "hosts" / host
+        values["tls_ca"] = str(made / pki.AUTHORITY_FILE)
+        values["tls_certificate"] = str(made / pki.HOST_FILE)
+        values["tls_key"] = str(made / pki.HOST_KEY_FILE)
+    else:
+        values["tls"] = "off"
     if state.memory_total_bytes is not None:
         values["memory_total_bytes"] = state.memory_total_bytes
     path = run.parent / "agent.toml"

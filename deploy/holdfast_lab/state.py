@@ -53,6 +53,8 @@ class LabState(BaseModel):
     """How many there are of `etcd` and of `controller`; one of what is not named."""
     clocks: bool = False
     """The hosts' clocks can be stopped."""
+    tls: bool = True
+    """The hosts speak to each other by TLS, as they do unless they are told otherwise."""
     ports: tuple[int, ...] = ()
     """On the machine's own loopback; each leads to a controller."""
     guests_started: int = 0
@@ -83,6 +85,11 @@ class Folder:
     def run(self, host: str) -> Path:
         """Return what a host has on tmpfs: sockets; gone after a power loss."""
         return self.path / "hosts" / host / "run"
+
+    @property
+    def authority(self) -> Path:
+        """Return the folder of the authority and of what it made for each host."""
+        return self.path / "pki"
 
     def create(self, state: LabState) -> None:
         """Make the folder with a first state."""

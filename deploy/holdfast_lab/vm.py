@@ -36,6 +36,10 @@ class VmOptions:
     nics: int = 1
     graphics: bool = True
     """With a VGA card, whose memory is guest memory too."""
+    cpu: str = "max"
+    """As QEMU's -cpu takes it."""
+    vhost: bool = False
+    """The kernel carries the NICs' packets, past QEMU."""
 
     def faults(self) -> list[str]:
         """Return everything that is wrong with these options."""
@@ -96,7 +100,8 @@ def check(name: str, options: VmOptions) -> None:
 def qemu_argv(plan: VmPlan, image: Image) -> list[str]:
     """Return the command that starts a VM."""
     options = plan.options
-    argv = ["qemu-system-x86_64", "-name", plan.name, "-accel", plan.accelerator, "-cpu", "max"]
+    argv = ["qemu-system-x86_64", "-name", plan.name]
+    argv += ["-accel", plan.accelerator, "-cpu", options.cpu]
     size = f"{options.memory_mb}M"
     if options.shared_memory:
         argv += ["-machine", "q35,memory-backend=ram0", "-m", size]
@@ -110,7 +115,8 @@ def qemu_argv(plan: VmPlan, image: Image) -> list[str]:
     argv += ["-kernel", str(image.kernel), "-initrd", str(image.initrd)]
     argv += ["-append", _kernel_words(plan)]
     for nic, (tap, mac) in enumerate(zip(plan.taps, plan.macs, strict=True)):
-        argv += ["-netdev", f"tap,id=n{nic},ifname={tap},script=no,downscript=no"]
+        vhost = ",vhost=on" if options.vhost else ""
+        argv += ["-netdev", f"tap,id=n{nic},ifname={tap},script=no,downscript=no{vhost}"]
         # Without a boot ROM, which would cost half a second at every start.
         argv += ["-device", f"virtio-net-pci,netdev=n{nic},mac={mac},romfile="]
     return [*argv, "-qmp", f"unix:{plan.qmp},server=on,wait=off"]

@@ -24,6 +24,7 @@ from holdfast_agent.core.frames import (
     SENDER_NUMBERS,
     FrameKind,
 )
+from holdfast_agent.core.preface import PREFACE_MAGIC, PREFACE_SIZE_BYTES
 from holdfast_api.words import Role
 
 EARLY_BYTES_MAX = 8 << 20
@@ -117,10 +118,12 @@ class FrameWalker:
         self._missing_bytes = 0
         self._payload = bytearray()
         self._sequence = 0
+        self._skipped_bytes = 0
 
     def take(self, piece: memoryview) -> None:
         """Walk over the next bytes. Raises LostTrack if they are no frames."""
-        at = 0
+        at = min(self._skipped_bytes, len(piece))
+        self._skipped_bytes -= at
         while at < len(piece):
             if self._frame is None:
                 step = min(HEADER_SIZE_BYTES - len(self._head), len(piece) - at)
@@ -128,6 +131,13 @@ class FrameWalker:
                 at += step
                 if len(self._head) < HEADER_SIZE_BYTES:
                     return
+                if self._is_preface():
+                    rest = PREFACE_SIZE_BYTES - HEADER_SIZE_BYTES
+                    step = min(rest, len(piece) - at)
+                    at += step
+                    self._skipped_bytes = rest - step
+                    self._head.clear()
+                    continue
                 self._begin()
             else:
                 step = min(self._missing_bytes, len(piece) - at)
@@ -137,6 +147,11 @@ class FrameWalker:
                 self._missing_bytes -= step
             if self._missing_bytes == 0:
                 self._end()
+
+    def _is_preface(self) -> bool:
+        """A primary's agent says which VM it is about, before the first frame."""
+        is_first = self._sender is Role.PRIMARY and self._sequence == 0
+        return is_first and self._head.startswith(PREFACE_MAGIC)
 
     def _begin(self) -> None:
         magic, version, number, generation, _, sequence, epoch, length, sender, _ = HEADER.unpack(

@@ -14,12 +14,14 @@ import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 with atheris.instrument_imports(include=["holdfast_agent", "holdfast_api"]):
     from holdfast_agent.core.frames import (
+        DEFAULT_LIMITS,
         HEADER_SIZE_BYTES,
         FrameChecker,
         FrameHeader,
         FrameKind,
         FrameRejected,
     )
+    from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, PageIndexes, PageRows
     from holdfast_agent.core.payloads import (
         CheckpointReceiver,
         Farewell,
@@ -33,6 +35,7 @@ with atheris.instrument_imports(include=["holdfast_agent", "holdfast_api"]):
     from holdfast_agent.hypervisor.command_line import UnsuitableCommandLine, standby_argv
     from holdfast_agent.hypervisor.options import Parameters
     from holdfast_agent.hypervisor.qmp_message import parse_message
+    from holdfast_agent.transport.page_coding import CodingCounters, PageDecoder
     from holdfast_api.words import Role
 
 MAP_PAGES = 64
@@ -53,12 +56,22 @@ def header(data: bytes) -> None:
 def payload(data: bytes) -> None:
     """A payload of any kind is understood, or refused."""
     view = memoryview(data)
+    kept: list[int] = []
+    decoder = PageDecoder(
+        CodingCounters(),
+        limits=DEFAULT_LIMITS,
+        read_base=_zeros,
+        keep=kept.append,
+        give_back=kept.remove,
+        clock=lambda: 0,
+    )
     try:
-        pages = decode_pages(view, MAP_PAGES)
+        pages = decode_pages(view, MAP_PAGES, decoder.decode)
     except FrameRejected:
         pass
     else:
         assert pages.page_count <= MAP_PAGES, pages
+    assert sum(kept) <= MAP_PAGES * PAGE_SIZE_BYTES, kept
     with contextlib.suppress(FrameRejected):
         assert len(decode_checkpoint(view).device_state) < len(data)
     receiver = CheckpointReceiver(MAP_PAGES)
@@ -75,6 +88,11 @@ def payload(data: bytes) -> None:
     ):
         with contextlib.suppress(FrameRejected):
             decode()
+
+
+def _zeros(indexes: PageIndexes, rows: PageRows) -> None:
+    """Read the memory of a standby that has nothing."""
+    rows[: len(indexes)] = 0
 
 
 def monitor(data: bytes) -> None:

@@ -8,13 +8,14 @@ import select
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import xxhash
 from hypothesis import strategies as st
 
+from holdfast_agent.core.encoding import Encoding
 from holdfast_agent.core.failures import PeerLost
 from holdfast_agent.core.frames import (
     CHECKSUM_OFFSET,
@@ -22,22 +23,24 @@ from holdfast_agent.core.frames import (
     HEADER,
     HEADER_SIZE_BYTES,
     KIBIBYTE,
+    PROTOCOL_VERSION,
     FrameEncoder,
     FrameKind,
     FrameLimits,
     Part,
 )
+from holdfast_agent.core.memory_map import PageIndexes, PageRows
 from holdfast_agent.core.payloads import (
     Farewell,
     Pages,
     PagesTally,
     encode_checkpoint,
-    encode_pages,
 )
 from holdfast_agent.core.peer_messages import PagesArrived, PeerMessage
 from holdfast_agent.transport.buffers import StagingLimitReached
 from holdfast_agent.transport.connection import FrameConnection
 from holdfast_agent.transport.opening import accept, connect, listen
+from holdfast_agent.transport.page_coding import CodingCounters, PageEncoder
 from holdfast_agent.transport.peer import FramePeer
 from holdfast_agent.transport.tcp import TcpStream
 from holdfast_api.words import Role
@@ -69,18 +72,33 @@ class Conversation:
         self._encoder.sequence = 1
         self._encoder.connection = CONNECTION_ID
         self._tally = PagesTally()
+        self._pages = PageEncoder(
+            CodingCounters(),
+            map_page_count=MAP_PAGES,
+            delta_cache_bytes=MAP_PAGES * 4096,
+            clock=time.monotonic_ns,
+        )
 
     def say(self, kind: FrameKind, epoch: int = 0, parts: tuple[Part, ...] = ()) -> bytes:
         buffers, checksum = self._encoder.encode(kind, epoch, parts)
         self.frames.append(b"".join(buffers))
         return checksum
 
-    def pages(self, epoch: int, first: int, count: int, zeros: int) -> None:
+    def pages(
+        self,
+        epoch: int,
+        first: int,
+        count: int,
+        zeros: int,
+        encoding: Encoding = Encoding.NONE,
+    ) -> None:
         indexes = np.arange(first, first + count, dtype=np.int64)
         rows = np.full((count, 4096), epoch + 1, dtype=np.uint8)
         behind = np.arange(first + count, first + count + zeros, dtype=np.int64)
         pages = Pages(indexes, rows, behind)
-        checksum = self.say(FrameKind.PAGES, epoch, tuple(encode_pages(pages)))
+        self._pages.encoding = encoding
+        parts = self._pages.encode(epoch, pages, base_is_there=epoch > 1)
+        checksum = self.say(FrameKind.PAGES, epoch, tuple(parts))
         if epoch:
             self._tally.add(checksum, pages.page_count)
 
@@ -91,13 +109,14 @@ class Conversation:
 
 
 def words_of_a_primary() -> list[bytes]:
-    """Seeding, three checkpoints, a farewell."""
+    """Seeding, a checkpoint in each encoding, some with differences, a farewell."""
     primary = Conversation(Role.PRIMARY)
     primary.pages(0, 0, 3, 40)
     primary.say(FrameKind.KEEPALIVE)
-    for epoch in (1, 2, 3):
-        primary.pages(epoch, epoch, 2, 1)
-        primary.pages(epoch, 30, 1, epoch)
+    ways = (Encoding.DELTA, Encoding.DELTA, Encoding.DELTA_ZSTD, Encoding.NONE, Encoding.ZSTD)
+    for epoch, encoding in enumerate(ways, start=1):
+        primary.pages(epoch, epoch, 2, 1, encoding)
+        primary.pages(epoch, 30, 1, epoch, encoding)
         primary.checkpoint(epoch)
     farewell = Farewell(code="released", explanation="it is over").model_dump_json().encode()
     primary.say(FrameKind.FAREWELL, 0, (farewell,))
@@ -193,7 +212,7 @@ def frames_of_one_kind(draw: st.DrawFn, role: Role, kind: FrameKind) -> bytes:
     payload = draw(st.binary(max_size=400))
     sender = {Role.PRIMARY: 1, Role.BACKUP: 2}[role]
     head = HEADER.pack(
-        *(b"HFFR", 1, kind, GENERATION, CONNECTION_ID, 2, draw(st.integers(0, 3))),
+        *(b"HFFR", PROTOCOL_VERSION, kind, GENERATION, CONNECTION_ID, 2, draw(st.integers(0, 3))),
         *(len(payload), sender, bytes(CHECKSUM_SIZE_BYTES)),
     )
     return sealed(head + payload)
@@ -224,8 +243,15 @@ class Heard:
     end: PeerLost | StagingLimitReached
 
 
-def listening(ours: socket.socket, role: Role) -> tuple[FrameConnection, FramePeer]:
-    """Return our end as `role`, greeted and welcomed."""
+def listening(
+    ours: socket.socket, role: Role, standby: PageRows | None = None
+) -> tuple[FrameConnection, FramePeer]:
+    """Return our end as `role`, greeted and welcomed; `standby` is its memory."""
+
+    def read_base(indexes: PageIndexes, rows: PageRows) -> None:
+        assert standby is not None, "a difference in a test without a standby"
+        rows[:] = standby[indexes]
+
     connection = FrameConnection(
         TcpStream(ours),
         role=role,
@@ -243,6 +269,7 @@ def listening(ours: socket.socket, role: Role) -> tuple[FrameConnection, FramePe
         map_page_count=MAP_PAGES,
         silence_limit_seconds=DEADLINE_SECONDS,
         limits=LIMITS,
+        read_base=read_base,
     )
     return connection, peer
 
@@ -254,8 +281,10 @@ def hear(stream: bytes, role: Role) -> Heard:
     what is kept stays under the limit; and it ends before the deadline.
     """
     messages: list[PeerMessage] = []
+    standby = np.zeros((MAP_PAGES, 4096), dtype=np.uint8)
+    staged: list[PagesArrived] = []
     with loopback() as (theirs, ours):
-        connection, peer = listening(ours, role)
+        connection, peer = listening(ours, role, standby)
         deadline = time.monotonic() + DEADLINE_SECONDS
         rest, hung_up = memoryview(stream), False
         while True:
@@ -275,9 +304,23 @@ def hear(stream: bytes, role: Role) -> Heard:
                 assert time.monotonic() < deadline, "neither a message nor an end"
                 select.select([ours], [], [], 0.01 if rest else DEADLINE_SECONDS)
                 continue
-            messages.append(message)
-            if not isinstance(message, PagesArrived):
-                peer.release_buffers()
+            messages.append(_copied(message))
+            if isinstance(message, PagesArrived):
+                staged.append(message)
+                if message.epoch:
+                    continue
+            for pages in staged:
+                standby[pages.indexes] = pages.rows
+                standby[pages.zero_indexes] = 0
+            staged.clear()
+            peer.release_buffers()
+
+
+def _copied(message: PeerMessage) -> PeerMessage:
+    """Return a message that stays as it is when its buffers are used again."""
+    if isinstance(message, PagesArrived):
+        return replace(message, rows=message.rows.copy())
+    return message
 
 
 def _feed(theirs: socket.socket, rest: memoryview) -> memoryview:

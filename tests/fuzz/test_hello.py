@@ -68,7 +68,7 @@ def listen_to(stream: bytes, *, hang_up: bool = True) -> tuple[Hello | None, byt
         if hang_up:
             theirs.shutdown(socket.SHUT_WR)
         try:
-            hello = receive_hello(ours, HELLO_SECONDS, LIMITS)
+            hello = receive_hello(TcpStream(ours), HELLO_SECONDS, LIMITS)
         except (FrameRejected, PeerLost):
             assert ours.fileno() >= 0, "the socket stays the caller's"
             return None, b""

@@ -41,7 +41,7 @@ SOUND = [
             )
         ),
         Decided(claim="c0000001", verdict=ClaimVerdict(won=False, record=None, explanation="")),
-        PeerConnected(hello="{}"),
+        PeerConnected(vm="web", generation=3, tls=True, address="10.0.0.1:7"),
         Noted(what="seeded"),
         INTRODUCTION,
         Finished(outcome="over", vm_lives=False),
@@ -98,7 +98,7 @@ def test_a_worker_takes_in_what_it_understands(said: list[tuple[bytes, int]], pa
                 passed = array.array("i", [agent.fileno()] * descriptor_count)
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)] if passed else []
                 agent.sendmsg([data], rights)
-            messages = channel.receive()
+            messages = channel.receive(takes_descriptors=True)
             assert len(messages) <= len(said)
             for message, descriptor in messages:
                 assert isinstance(message, Ordered | Decided | PeerConnected | Noted)

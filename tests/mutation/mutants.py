@@ -5,6 +5,10 @@ from dataclasses import dataclass
 EPOCH = "agent/holdfast_agent/core/epoch.py"
 BACKUP = "agent/holdfast_agent/core/backup.py"
 PAYLOADS = "agent/holdfast_agent/core/payloads.py"
+CONTENT = "agent/holdfast_agent/core/page_content.py"
+DELTA_CACHE = "agent/holdfast_agent/core/delta_cache.py"
+PAGE_CODING = "agent/holdfast_agent/transport/page_coding.py"
+PEER = "agent/holdfast_agent/transport/peer.py"
 PAGES = "agent/holdfast_agent/core/pages.py"
 CAPTURE = "agent/holdfast_agent/checkpoint/capture.py"
 BACKUP_DRIVER = "agent/holdfast_agent/checkpoint/backup.py"
@@ -25,6 +29,7 @@ FRAMES_AND_PAGES = "tests/property/agent_core"
 FRAMES_AND_PAGES_STEPS = "tests/unit/agent_core"
 ANSWERS = "tests/unit/api"
 DISKS = "tests/unit/hypervisor/test_preflight.py"
+ENCODED_PEERS = "tests/integration/transport/test_peer_encoding.py"
 SUPERVISION = "tests/unit/agent/test_supervisor.py"
 SIMULATION = "tests/simulation"
 """Not asked through pytest but as `python -m tests.simulation`, from seed 0 on."""
@@ -279,6 +284,47 @@ OTHER_MUTANTS = (
         "if announced != (tally.page_count, tally.frame_count, tally.digest()):  # INV-2",
         "if False:",
         (FRAMES_AND_PAGES, FRAMES_AND_PAGES_STEPS),
+    ),
+    Mutant(
+        "the delta's base is not what the backup has",
+        "INV-2",
+        DELTA_CACHE,
+        "        if mine.all():\n            self._remember(places, rows)\n",
+        "        if all_known:\n            pass\n"
+        "        elif mine.all():\n            self._remember(places, rows)\n",
+        (FRAMES_AND_PAGES, FRAMES_AND_PAGES_STEPS, SIMULATION),
+    ),
+    Mutant(
+        "a page that went another way is still a base",
+        "INV-2",
+        PAGE_CODING,
+        "        self._cache.forget(pages.indexes)\n",
+        "",
+        (FRAMES_AND_PAGES, SIMULATION),
+    ),
+    Mutant(
+        "what was decoded is not verified",
+        "INV-2",
+        CONTENT,
+        "    if xxhash.xxh3_128(rows.data).digest() != head.digest:",
+        "    if False:",
+        (FRAMES_AND_PAGES, FRAMES_AND_PAGES_STEPS),
+    ),
+    Mutant(
+        "a difference is believed while seeding",
+        "INV-2",
+        PAYLOADS,
+        "        if head.flags & FLAG_DELTA:\n",
+        "        if False:\n",
+        (FRAMES_AND_PAGES,),
+    ),
+    Mutant(
+        "a difference is sent though nothing is acknowledged",
+        "INV-2",
+        PEER,
+        "base_is_there = epoch > 0 and epoch == self._acknowledged + 1",
+        "base_is_there = epoch > 0",
+        (ENCODED_PEERS,),
     ),
     Mutant(
         "pages that failed are not owed again",

@@ -76,6 +76,7 @@ class SimulatedVm:
         self._events: list[Event] = []
         self._descriptor = world.descriptor(lambda: bool(self._events))
         self.name = "simulated"
+        self.can_harvest_running = True
 
     # --- the guest --------------------------------------------------------------------------------
 

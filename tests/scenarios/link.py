@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tests.scenarios.simulation import MS, World
 
+from holdfast_agent.core.encoding import Encoding
 from holdfast_agent.core.failures import PeerLost
 from holdfast_agent.core.memory_map import PageIndexes, PageRows
 from holdfast_agent.core.peer_messages import (
@@ -23,6 +24,7 @@ from holdfast_agent.core.peer_messages import (
 )
 from holdfast_agent.transport.connection import ConnectionCounters
 from holdfast_agent.transport.liveness import KeepaliveTimer, SilenceJudge
+from holdfast_agent.transport.page_coding import CodingCounters
 from holdfast_api.words import ClaimReason
 
 LATENCY_NS = 200_000
@@ -68,6 +70,7 @@ class PeerEnd:
         self.has_power = True
         self.out = Direction()
         self.counters = ConnectionCounters()
+        self.coding = CodingCounters()
         self.other: PeerEnd
         self.on_checkpoint: Callable[[int], None] = lambda _: None
         self.on_acknowledge: Callable[[int], None] = lambda _: None
@@ -109,6 +112,9 @@ class PeerEnd:
     def fileno(self) -> int:
         assert not self._is_closed
         return self._descriptor
+
+    def use_encoding(self, encoding: Encoding) -> None:
+        """Pages travel as they are: how they do is nothing that a driver could see."""
 
     def send_pages(
         self, epoch: int, indexes: PageIndexes, rows: PageRows, zero_indexes: PageIndexes

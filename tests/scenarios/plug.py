@@ -93,6 +93,15 @@ class SimulatedPlug:
     def held_bytes(self) -> int:
         return sum(len(p.text) for p in [*(self._closed or []), *self._open])
 
+    def dropped_packets(self) -> int:
+        return 0
+
+    def change_limit(self, limit_bytes: int) -> None:
+        """There is room for all that a scenario says."""
+
+    def discard(self) -> None:
+        """Nothing is left of a plug of ours."""
+
     def remove(self) -> None:
         assert not self.is_holding
 

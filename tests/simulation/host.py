@@ -94,7 +94,7 @@ class SimulatedHost:
         self.has_power = True
         self.boots = 0
         self.workers: list[tuple[Worker, SimulatedProcess]] = []
-        self.handed_over: dict[int, SimulatedSocket] = {}
+        self.handed_over: dict[int, tuple[SimulatedSocket, Hello]] = {}
         self._numbers = itertools.count(1)
         self.agent = self._new_agent()
 
@@ -251,8 +251,11 @@ class SimulatedHost:
                 sock.close()
             return
         number = next(self._numbers)
-        self.handed_over[number] = sock
-        await link.send(PeerConnected(hello=hello.model_dump_json()), number)
+        self.handed_over[number] = sock, hello
+        await link.send(
+            PeerConnected(vm=hello.vm, generation=hello.generation, tls=False, address="wire"),
+            number,
+        )
 
     # --- what befalls it --------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from tests.simulation.kernel import SECOND
 
 from holdfast_api.errors import Refused, Unavailable
 from holdfast_api.messages import PolicyPatch, ProtectRequest
-from holdfast_api.records import Policy
+from holdfast_api.records import EncodingPolicy, Policy
 from holdfast_api.words import Phase
 from holdfast_controller.control import Control
 from holdfast_controller.http import people
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 Route = Callable[[Control], Awaitable[Any]]
 LOOK_NS = 1_500 * MS
+ENCODINGS: dict[int, EncodingPolicy] = {
+    50: "delta-zstd",
+    100: "delta",
+    200: "auto",
+    600: "zstd",
+}
+"""By the keep-alive of a new policy, by the interval of a changed one."""
 
 
 class Operator:
@@ -47,7 +54,8 @@ class Operator:
                 self._ask(vm, what, lambda control: people.unprotect(vm, control))
                 self._kernel.after(self._random.randint(0, 6 * SECOND), partial(self.want, vm))
         elif what == "patch":
-            patch = PolicyPatch(interval_ms=self._random.choice((50, 200, 600)))
+            interval_ms = self._random.choice((50, 200, 600))
+            patch = PolicyPatch(interval_ms=interval_ms, encoding=ENCODINGS[interval_ms])
             self._ask(vm, what, lambda control: people.patch_protection(vm, patch, control))
         elif self._random.random() < 0.15:
             self._shut_down(vm)
@@ -93,6 +101,7 @@ class Operator:
             min_interval_ms=self._random.choice((5, 40)),
             output_triggered=self._random.random() < 0.7,
             keepalive_ms=keepalive_ms,
+            encoding=ENCODINGS[keepalive_ms],
             keepalive_misses=self._random.choice((3, 5)),
         )
 

@@ -7,18 +7,24 @@ takes real time. Frames, checksums, payloads and the receiver's account are the 
 from collections.abc import Callable
 
 from tests.scenarios.simulation import MS
-from tests.simulation.kernel import Clock, Kernel
+from tests.simulation.kernel import Clock, Kernel, RuleBroken
 from tests.simulation.network import SimulatedSocket
 
-from holdfast_agent.core.frames import FrameKind, FrameLimits
+from holdfast_agent.core.failures import PeerLost
+from holdfast_agent.core.frames import FrameKind, FrameLimits, RejectionCode
 from holdfast_agent.core.memory_map import PageIndexes, PageRows
+from holdfast_agent.core.page_content import ReadBase
 from holdfast_agent.core.payloads import Welcome
+from holdfast_agent.core.peer_messages import PeerMessage
 from holdfast_agent.transport.connection import Frame, FrameConnection
 from holdfast_agent.transport.peer import FramePeer
 from holdfast_api.words import Epoch, Role
 
 LIMITS = FrameLimits(slab_size_bytes=4 * 4096, index_size_bytes=4096)
 GREET_NS = 3_000 * MS
+DELTA_CACHE_BYTES = 40 * 4096
+"""Less than a guest has: some pages share a place."""
+DIFFERENCES = "page sent as a difference"
 SEEDING_SILENCE_SECONDS = 3.0
 
 
@@ -70,6 +76,7 @@ class SimulatedPeer(FramePeer):
         *,
         map_page_count: int,
         silence_limit_ms: int,
+        read_base: ReadBase | None = None,
         on_checkpoint: Callable[[Epoch], None] = lambda _: None,
         on_acknowledge: Callable[[Epoch], None] = lambda _: None,
     ) -> None:
@@ -78,6 +85,8 @@ class SimulatedPeer(FramePeer):
             map_page_count=map_page_count,
             silence_limit_seconds=silence_limit_ms / 1000,
             limits=LIMITS,
+            delta_cache_bytes=DELTA_CACHE_BYTES,
+            read_base=read_base,
             clock=connection._clock,
         )
         self.connection = connection
@@ -88,7 +97,18 @@ class SimulatedPeer(FramePeer):
         self, epoch: Epoch, indexes: PageIndexes, rows: PageRows, zero_indexes: PageIndexes
     ) -> None:
         self.connection.kernel.hesitate()
+        before = self.coding.delta_pages
         super().send_pages(epoch, indexes, rows, zero_indexes)
+        self.connection.socket.network.happened[DIFFERENCES] += self.coding.delta_pages - before
+
+    def receive(self) -> PeerMessage | None:
+        try:
+            return super().receive()
+        except PeerLost as lost:
+            # Whatever the network does to a frame shows in its checksum or its number.
+            if RejectionCode.BAD_PAYLOAD.value in lost.explanation:
+                raise RuleBroken(f"INV-2: an undamaged frame was refused: {lost}") from lost
+            raise
 
     def send_checkpoint(self, epoch: Epoch, device_state: bytes, *, final: bool) -> None:
         self.connection.kernel.hesitate()

@@ -37,6 +37,7 @@ from holdfast_agent.core.failures import (
 )
 from holdfast_agent.core.frames import FrameRejected
 from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, empty_rows
+from holdfast_agent.core.page_content import ReadBase
 from holdfast_agent.core.pages import OwedPages
 from holdfast_agent.core.payloads import Hello
 from holdfast_agent.core.slabs import SlabPool
@@ -235,12 +236,18 @@ class Worker:
             received_frames=1 if role is Role.BACKUP else 0,
         )
 
-    def _peer(self, connection: SimulatedConnection, hello: Hello) -> SimulatedPeer:
+    def _peer(
+        self,
+        connection: SimulatedConnection,
+        hello: Hello,
+        read_base: ReadBase | None = None,
+    ) -> SimulatedPeer:
         rules = self.host.rules
         return SimulatedPeer(
             connection,
             map_page_count=hello.memory_map.page_count,
             silence_limit_ms=hello.silence_limit_ms,
+            read_base=read_base,
             on_checkpoint=lambda epoch: rules.checkpoint_sent(self, epoch),
             on_acknowledge=lambda epoch: rules.acknowledges(self, epoch),
         )
@@ -319,7 +326,7 @@ class Worker:
             machine=BackupMachine(self.generation),
             host=self.host.name,
             standby=standby,
-            peer=self._peer(connection, hello),
+            peer=self._peer(connection, hello, standby.memory.copy_out),
             agent=self.channel,
             wants=self.wants(),
             figures=BackupFigures(vm=hello.vm, generation=hello.generation),
@@ -339,8 +346,8 @@ class Worker:
             kernel.wait(self.channel.filenos(), deadline_ns - clock.now_ns())
             for message, descriptor in self.channel.receive():
                 if isinstance(message, PeerConnected) and descriptor is not None:
-                    hello = Hello.model_validate_json(message.hello)
-                    return hello, self.host.handed_over.pop(descriptor)
+                    sock, hello = self.host.handed_over.pop(descriptor)
+                    return hello, sock
                 if isinstance(message, Ordered) and message.assignment.generation > self.generation:
                     return None
         return None

@@ -276,7 +276,7 @@ class BackupDriver(Driver):
             phase = WorkerPhase.SEEDING
         self._agent.flush()
         if self._peer is not None:
-            self._figures.connection(self._peer.counters.values())
+            self._figures.connection(self._peer.counters.values() | self._peer.coding.values())
         detail = "" if machine.claim_reason is None else machine.claim_reason.value
         self._agent.send(
             self._figures.report(phase=phase, acknowledged=machine.acknowledged, detail=detail)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from holdfast_agent.checkpoint.capture import Checkpoint
 from holdfast_agent.checkpoint.seeding import SeedingFigures
 from holdfast_agent.checkpoint.worker_messages import Reported
+from holdfast_agent.core.encoding import Encoding
 from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES
 from holdfast_agent.core.statistics import Counters, Window
 from holdfast_api.records import SeedingProgress, WorkerReport
@@ -31,6 +32,7 @@ PRIMARY_COUNTERS = (
     "seeding_bytes",
     "seeding_pause_seconds_max",
     "seeding_brakes",
+    "dropped_packets",
 )
 BACKUP_COUNTERS = ("checkpoints", "pages", "checkpoint_bytes", "apply_seconds", "seeding_bytes")
 
@@ -76,15 +78,20 @@ class Figures:
 class PrimaryFigures(Figures):
     """Figures of a primary."""
 
-    def __init__(self, *, vm: VmId, generation: Generation, tracker: str, plug: str) -> None:
+    def __init__(
+        self, *, vm: VmId, generation: Generation, tracker: str, plug: str, transport: str = ""
+    ) -> None:
         """Nothing measured yet; the first report is due at once."""
         super().__init__(vm, generation, PRIMARY_COUNTERS)
         self._tracker = tracker
         self._plug = plug
+        self._transport = transport
         self._pause_ms = Window()
         self._acknowledgement_ms = Window()
         self._checkpoint_bytes = Window()
         self._last_seeding: SeedingProgress | None = None
+        self._encoding = ""
+        self._encoding_reason = ""
 
     def captured(self, checkpoint: Checkpoint) -> None:
         """Count a captured checkpoint."""
@@ -109,6 +116,16 @@ class PrimaryFigures(Figures):
         """Count the time from the end of the pause to the acknowledgement."""
         self._acknowledgement_ms.add(since_capture_ns / NS_PER_MS)
         self._counters.add("acknowledgement_seconds", since_capture_ns / 1e9)
+
+    def encoding(self, settled: Encoding, reason: str) -> None:
+        """Remember how pages are encoded, and why."""
+        self._encoding = settled.value
+        self._encoding_reason = reason
+
+    def dropped(self, packet_count: int) -> None:
+        """Take over how many packets of the guest were dropped so far."""
+        already = int(self._counters.values()["dropped_packets"])
+        self._counters.add("dropped_packets", max(0, packet_count - already))
 
     def seeded(self, figures: SeedingFigures) -> None:
         """Count a finished seeding."""
@@ -147,6 +164,9 @@ class PrimaryFigures(Figures):
                 checkpoints=int(counters["checkpoints"]),
                 tracker=self._tracker,
                 plug=self._plug,
+                transport=self._transport,
+                encoding=self._encoding,
+                encoding_reason=self._encoding_reason,
                 seeding=self._last_seeding if seeding is None else progress_of(seeding, now_ns),
                 counters=counters,
             )

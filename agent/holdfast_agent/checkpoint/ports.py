@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from holdfast_agent.checkpoint.worker_messages import ToAgent, ToWorker
+from holdfast_agent.core.encoding import Encoding
 from holdfast_agent.core.failures import VirtualMachineFailed
 from holdfast_agent.core.memory_map import MemoryMap, PageIndexes, PageRows
 from holdfast_agent.core.peer_messages import PeerMessage
@@ -130,7 +131,11 @@ class DirtyTracker(Protocol):
 
     @property
     def name(self) -> str:
-        """`pagemap-scan` or `compare`."""
+        """`pagemap-scan`, `soft-dirty` or `compare`."""
+
+    @property
+    def can_harvest_running(self) -> bool:
+        """Whether no write is lost by a harvest while the guest runs (see above for devices)."""
 
     def harvest(self) -> PageIndexes:
         """Return the pages written since the last harvest (or the start), and clear them.
@@ -155,7 +160,7 @@ class OutputPlug(Protocol):
 
     @property
     def name(self) -> str:
-        """`filter`, later `qdisc`; `unbuffered` when nothing is held (unsafe)."""
+        """`qdisc` or `filter`; `unbuffered` when nothing is held (unsafe)."""
 
     def install(self) -> None:
         """Set up, letting output flow. Also cleans up what an earlier holder of this VM left."""
@@ -181,8 +186,17 @@ class OutputPlug(Protocol):
     def held_bytes(self) -> int:
         """Bytes of output that wait, as far as known."""
 
+    def dropped_packets(self) -> int:
+        """Packets dropped since `install` because more than the limit was held, as far as known."""
+
+    def change_limit(self, limit_bytes: int) -> None:
+        """Hold at most so much of each NIC from now on; what comes beyond it is dropped."""
+
     def remove(self) -> None:
         """Take everything out, after `release_all`. Idempotent."""
+
+    def discard(self) -> None:
+        """The VM is gone: what is held never leaves; take everything out. Idempotent."""
 
 
 class OutputSignal(Protocol):
@@ -219,7 +233,7 @@ class Standby(Protocol):
 
 
 class PeerCounters(Protocol):
-    """Bytes and frames of a connection."""
+    """What went over a connection, or was done to it."""
 
     def values(self) -> dict[str, float]:
         """Return them by name."""
@@ -232,8 +246,15 @@ class Peer(Protocol):
     def counters(self) -> PeerCounters:
         """What went over the connection so far."""
 
+    @property
+    def coding(self) -> PeerCounters:
+        """What encoding and decoding did to the pages of checkpoints so far."""
+
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when something arrives."""
+
+    def use_encoding(self, encoding: Encoding) -> None:
+        """Encode pages like this from the next `send_pages` on."""
 
     def send_pages(
         self, epoch: Epoch, indexes: PageIndexes, rows: PageRows, zero_indexes: PageIndexes

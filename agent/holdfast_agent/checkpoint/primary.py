@@ -13,6 +13,7 @@ from typing import assert_never
 from holdfast_agent.checkpoint.capture import Capturer, Checkpoint
 from holdfast_agent.checkpoint.driver import Driver
 from holdfast_agent.checkpoint.figures import PrimaryFigures
+from holdfast_agent.checkpoint.held_watch import HeldWatch
 from holdfast_agent.checkpoint.ports import (
     AgentPort,
     OutputPlug,
@@ -25,13 +26,20 @@ from holdfast_agent.checkpoint.waiting import FOREVER_NS, WaitReadable, wait_rea
 from holdfast_agent.checkpoint.wants import Wants, decision_of_order, decision_of_verdict
 from holdfast_agent.checkpoint.worker_messages import Decided, Noted, Ordered
 from holdfast_agent.core import actions as act
+from holdfast_agent.core.encoding import EncodingChooser
 from holdfast_agent.core.epoch import PrimaryMachine, PrimaryState
 from holdfast_agent.core.failures import (
     PeerLost,
     VirtualMachineFailed,
     VirtualMachineNotRunning,
 )
-from holdfast_agent.core.memory_map import NO_PAGES
+from holdfast_agent.core.memory_map import (
+    NO_PAGES,
+    PAGE_SIZE_BYTES,
+    PageIndexes,
+    PageRows,
+    zero_pages,
+)
 from holdfast_agent.core.pacing import Pacing
 from holdfast_agent.core.peer_messages import AcknowledgementArrived, FarewellArrived
 from holdfast_api.messages import Assignment
@@ -96,10 +104,13 @@ class PrimaryDriver(Driver):
         self._capture_failures = 0
         self._handover_ns = FOREVER_NS
         self._captured_ns = 0
+        self._sent_bytes = 0
         self._vm_gone = False
         self.vm_lives = True
         policy = assignment.policy
         self._assignment = assignment
+        self._encodings = EncodingChooser(policy.encoding, now_ns())
+        self._held = HeldWatch(parts.plug, agent, wants, policy.held_limit_bytes)
         self._pacing = Pacing(
             interval_ms=policy.interval_ms,
             min_interval_ms=policy.min_interval_ms,
@@ -108,6 +119,8 @@ class PrimaryDriver(Driver):
 
     def run(self) -> str:
         """Work until this generation is over for this host; return how it ended."""
+        if self._peer is not None:
+            self._peer.use_encoding(self._encodings.encoding)
         if self._seeding is not None:
             self._seeding.start()
         self._order(self._assignment)
@@ -129,6 +142,8 @@ class PrimaryDriver(Driver):
         signal = self._parts.signal
         if signal is not None and signal.fileno() in ready and signal.drain():
             self._pacing.output_waits(self._now_ns())
+            if self._held.is_pressed():
+                self._pacing.output_presses(self._now_ns())
         self._hear_agent()
         self._hear_vm()
         self._hear_peer()
@@ -196,11 +211,13 @@ class PrimaryDriver(Driver):
             return
         self._assignment = assignment
         policy = assignment.policy
+        self._held.change_limit(policy.held_limit_bytes)
         self._pacing.change_policy(
             interval_ms=policy.interval_ms,
             min_interval_ms=policy.min_interval_ms,
             output_triggered=policy.output_triggered,
         )
+        self._encodings.change(policy.encoding, self._now_ns())
         if assignment.phase is Phase.PROTECTED:
             self._wants.noted("seeded")
             if assignment.handover:
@@ -331,8 +348,12 @@ class PrimaryDriver(Driver):
 
     def _send(self, checkpoint: Checkpoint) -> None:
         assert self._peer is not None
+        self._peer.use_encoding(self._encodings.encoding)
+        self._sent_bytes = 0
         for indexes, rows in checkpoint.batches:
-            self._peer.send_pages(checkpoint.epoch, indexes, rows, NO_PAGES)
+            full, content, empty = _without_zero_pages(indexes, rows)
+            self._sent_bytes += len(full) * PAGE_SIZE_BYTES
+            self._peer.send_pages(checkpoint.epoch, full, content, empty)
         self._peer.send_checkpoint(
             checkpoint.epoch, checkpoint.device_state, final=checkpoint.final
         )
@@ -343,6 +364,8 @@ class PrimaryDriver(Driver):
         self._parts.capturer.acknowledged()
         self._pacing.acknowledged(now)
         self._figures.acknowledged(now - self._captured_ns)
+        self._encodings.acknowledged(self._sent_bytes, now - self._captured_ns, now)
+        self._figures.encoding(self._encodings.settled, self._encodings.reason)
 
     def _seed(self) -> None:
         if self._seeding is None or self._machine.state is not PrimaryState.SEEDING:
@@ -366,9 +389,10 @@ class PrimaryDriver(Driver):
     def _report(self) -> None:
         machine = self._machine
         seeding = None if self._seeding is None else self._seeding.figures
+        self._figures.dropped(self._held.tell(self._now_ns()))
         self._agent.flush()
         if self._peer is not None:
-            self._figures.connection(self._peer.counters.values())
+            self._figures.connection(self._peer.counters.values() | self._peer.coding.values())
         self._agent.send(
             self._figures.report(
                 self._now_ns(),
@@ -380,3 +404,14 @@ class PrimaryDriver(Driver):
                 detail="" if machine.claim_reason is None else machine.claim_reason.value,
             )
         )
+
+
+def _without_zero_pages(
+    indexes: PageIndexes, rows: PageRows
+) -> tuple[PageIndexes, PageRows, PageIndexes]:
+    """Return the pages that are not zero with their content, and those that are."""
+    empty = zero_pages(rows)
+    if not empty.any():
+        return indexes, rows, NO_PAGES
+    full = ~empty
+    return indexes[full], rows[full], indexes[empty]

@@ -130,7 +130,8 @@ class Seeding:
         self.figures.sent_bytes += len(part) * PAGE_SIZE_BYTES
 
     def _harvest(self) -> PageIndexes:
-        most = self._tracker.harvest()
+        # A tracker that can not is one whose harvest costs the same however little was written.
+        most = self._tracker.harvest() if self._tracker.can_harvest_running else NO_PAGES
         with self._guest_standing():
             rest = self._tracker.harvest()
         return union([most, rest])

@@ -34,10 +34,18 @@ class Decided(Model):
 
 
 class PeerConnected(Model):
-    """A primary connected; the datagram carries its socket. `hello` is the frame's JSON payload."""
+    """Somebody connected; the datagram carries the socket, of which the preface was read.
+
+    What the preface said is believed by nobody until the HELLO says it too.
+    """
 
     type: Literal["peer-connected"] = "peer-connected"
-    hello: str
+    vm: VmId
+    generation: Generation
+    tls: bool
+    """A TLS handshake comes next, else the HELLO."""
+    address: str
+    """Where it came from, for the log."""
 
 
 class Noted(Model):
@@ -106,6 +114,13 @@ class Happened(Model):
     event: EventReport
 
 
+class PeerTurnedAway(Model):
+    """Somebody who connected was not the primary that is expected, and why."""
+
+    type: Literal["peer-turned-away"] = "peer-turned-away"
+    reason: str
+
+
 class Finished(Model):
     """The worker's last word; it exits after this."""
 
@@ -116,7 +131,14 @@ class Finished(Model):
 
 
 ToAgent = Annotated[
-    Introduced | Reported | WantClaim | WantSeeded | WantSeedingFailed | Happened | Finished,
+    Introduced
+    | Reported
+    | WantClaim
+    | WantSeeded
+    | WantSeedingFailed
+    | Happened
+    | PeerTurnedAway
+    | Finished,
     Field(discriminator="type"),
 ]
 

@@ -39,7 +39,8 @@ from numpy.typing import NDArray
 
 from holdfast_api.words import Role
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+"""2: pages may be encoded."""
 MAGIC = b"HFFR"
 HEADER = struct.Struct("<4sHHQQQQII16s")
 HEADER_SIZE_BYTES = HEADER.size
@@ -64,6 +65,7 @@ class FrameKind(IntEnum):
     CHECKPOINT = 6
     ACKNOWLEDGE = 7
     FAREWELL = 8
+    TRANSPORT = 9
 
 
 class RejectionCode(StrEnum):
@@ -104,7 +106,7 @@ class FrameLimits:
     hello_size_bytes: int = 1 * MEBIBYTE
     device_state_size_bytes: int = 64 * MEBIBYTE
     notice_size_bytes: int = 64 * KIBIBYTE
-    """JSON of REFUSED and FAREWELL."""
+    """JSON of REFUSED, FAREWELL and TRANSPORT."""
     checkpoint_head_size_bytes: int = 64
 
     def payload_size_bytes(self, kind: FrameKind) -> int:
@@ -112,7 +114,7 @@ class FrameLimits:
         match kind:
             case FrameKind.HELLO | FrameKind.WELCOME:
                 return self.hello_size_bytes
-            case FrameKind.REFUSED | FrameKind.FAREWELL:
+            case FrameKind.REFUSED | FrameKind.FAREWELL | FrameKind.TRANSPORT:
                 return self.notice_size_bytes
             case FrameKind.KEEPALIVE | FrameKind.ACKNOWLEDGE:
                 return 0
@@ -134,6 +136,7 @@ KINDS_OF = {
             FrameKind.PAGES,
             FrameKind.CHECKPOINT,
             FrameKind.FAREWELL,
+            FrameKind.TRANSPORT,
         }
     ),
     Role.BACKUP: frozenset(

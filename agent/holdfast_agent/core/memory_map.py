@@ -10,6 +10,8 @@ Sets of pages are sorted, duplicate-free `int64[page_count]` arrays (`PageIndexe
 Invariant: blocks are contiguous and in order: `blocks[i+1].first_page == blocks[i].end_page`.
 """
 
+import contextlib
+import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -93,6 +95,18 @@ def empty_rows(page_count: int) -> PageRows:
     return spare[offset : offset + page_count * PAGE_SIZE_BYTES].reshape(-1, PAGE_SIZE_BYTES)
 
 
+def sparse_rows(page_count: int) -> PageRows:
+    """Return at least one row of zeros, which take memory one by one as they are written.
+
+    numpy asks for huge pages instead. Then the first hundred scattered rows are 200 MiB that the
+    kernel clears while the interpreter's lock is held, which took longer than a peer may be silent.
+    """
+    memory = mmap.mmap(-1, page_count * PAGE_SIZE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # EINVAL: a kernel that has no huge pages to begin with
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8).reshape(-1, PAGE_SIZE_BYTES)
+
+
 def runs_of(indexes: PageIndexes) -> NDArray[np.int64]:
     """Return the maximal runs of consecutive indexes as `int64[run_count, 2]` of (first, count)."""
     if len(indexes) == 0:
@@ -128,3 +142,18 @@ def union(parts: Sequence[PageIndexes]) -> PageIndexes:
     if len(parts) == 1:
         return parts[0]
     return np.unique(np.concatenate(parts))
+
+
+def zero_pages(rows: PageRows) -> NDArray[np.bool_]:
+    """Return `bool[page_count]`: which rows are zero throughout.
+
+    Most pages that are not zero show it in their first word, so only the others are read whole.
+    """
+    words = rows.view(np.uint64)
+    zero: NDArray[np.bool_] = words[:, 0] == 0
+    candidates = np.flatnonzero(zero)
+    if len(candidates) * 2 > len(rows):
+        zero[:] = np.bitwise_or.reduce(words, axis=1) == 0
+    elif len(candidates):
+        zero[candidates] = np.bitwise_or.reduce(words[candidates], axis=1) == 0
+    return zero

@@ -1,6 +1,7 @@
 """When the next checkpoint is due. Pure; times are nanoseconds of one monotonic clock.
 
     due = never                                        while a checkpoint is unacknowledged
+        = at once                                      when so much waits that some will be lost
         = max(last capture + min_interval, output)     when output waits and policy heeds it
         = last capture + interval                      otherwise
 
@@ -21,6 +22,7 @@ class Pacing:
         self._last_capture_ns: int | None = None
         self._acknowledged_ns = 0
         self._output_since_ns: int | None = None
+        self._pressed_since_ns: int | None = None
         self._is_unacknowledged = False
         self.change_policy(
             interval_ms=interval_ms,
@@ -41,13 +43,18 @@ class Pacing:
         """A capture began: the output seen so far belongs to it."""
         assert not self._is_unacknowledged, "one checkpoint unacknowledged at a time"
         self._last_capture_ns = at_ns
-        self._output_since_ns = None
+        self._output_since_ns = self._pressed_since_ns = None
         self._is_unacknowledged = True
 
     def output_waits(self, at_ns: int) -> None:
         """The guest sent something that is held."""
         if self._output_since_ns is None:
             self._output_since_ns = at_ns
+
+    def output_presses(self, at_ns: int) -> None:
+        """So much is held that more may not fit: whatever the policy says, do not wait."""
+        if self._pressed_since_ns is None:
+            self._pressed_since_ns = at_ns
 
     def acknowledged(self, at_ns: int) -> None:
         """The backup holds the last checkpoint."""
@@ -65,4 +72,6 @@ class Pacing:
         if self._output_triggered and self._output_since_ns is not None:
             soonest_ns = self._last_capture_ns + self._min_interval_ns
             due_ns = min(due_ns, max(soonest_ns, self._output_since_ns))
+        if self._pressed_since_ns is not None:
+            due_ns = min(due_ns, self._pressed_since_ns)
         return max(due_ns, self._acknowledged_ns)

@@ -1,9 +1,9 @@
 """What stands in the payloads of frames: greetings, pages, checkpoints. Pure.
 
-HELLO, WELCOME, REFUSED and FAREWELL are JSON of the models below. KEEPALIVE and ACKNOWLEDGE are
-empty (the acknowledged epoch stands in the header).
+HELLO, WELCOME, REFUSED, TRANSPORT and FAREWELL are JSON of the models below. KEEPALIVE and
+ACKNOWLEDGE are empty (the acknowledged epoch stands in the header).
 
-PAGES (epoch 0 while seeding):
+PAGES (epoch 0 while seeding, and then without DELTA):
 
 | offset | size        | field                                                     |
 |--------|-------------|-----------------------------------------------------------|
@@ -11,8 +11,12 @@ PAGES (epoch 0 while seeding):
 | 4      | 4           | zero_run_count                                            |
 | 8      | 4           | page_count: pages whose content follows                   |
 | 12     | 4           | zero_page_count: pages of zeros, carried without content  |
-| 16     | 16 per run  | runs, then zero runs: (first page i64, count i64)         |
-| then   | 4096 each   | content of the pages of the runs, in order                |
+| 16     | 4           | flags of the content: 1 = DELTA, 2 = ZSTD                 |
+| 20     | 4           | delta_page_count; 0 without DELTA                         |
+| 24     | 8           | length of the content before compression                  |
+| 32     | 16          | digest: XXH3-128 of the pages; zeros without flags        |
+| 48     | 16 per run  | runs, then zero runs: (first page i64, count i64)         |
+| then   | the rest    | content of the pages of the runs, in order: `page_content` |
 
 CHECKPOINT (ends an epoch):
 
@@ -30,9 +34,9 @@ frame, the ones its primary counted and digested. `CheckpointReceiver` says so a
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import xxhash
@@ -57,10 +61,17 @@ from holdfast_agent.core.memory_map import (
     indexes_of,
     runs_of,
 )
+from holdfast_agent.core.page_content import (
+    FLAG_DELTA,
+    Content,
+    ContentHead,
+    check_head,
+    plain_content,
+)
 from holdfast_api.records import Model
 from holdfast_api.words import HostId, VmId
 
-PAGES_HEAD = struct.Struct("<IIII")
+PAGES_HEAD = struct.Struct("<IIIIIIQ16s")
 CHECKPOINT_HEAD = struct.Struct("<QII16sQ")
 RUN_SIZE_BYTES = 16
 FLAG_FINAL = 1
@@ -86,6 +97,8 @@ class Hello(Model):
     """RAM blocks as (name, size in bytes), in the order that numbers the pages."""
     spec: dict[str, Any] = Field(default_factory=dict)
     """How to start the standby; not the transport's business."""
+    rdma: bool = False
+    """The primary would rather go on over RDMA."""
 
     @model_validator(mode="after")
     def _blocks_make_a_map(self) -> Self:
@@ -99,11 +112,30 @@ class Hello(Model):
         return MemoryMap.of_sizes(self.blocks)
 
 
+class RdmaOffer(Model):
+    """Where the backup waits for its primary's queue pair, this once."""
+
+    address: str = Field(max_length=64)
+    port: int = Field(ge=1, le=65_535)
+    token: str = Field(pattern=r"^[0-9a-f]{32}$")
+    """Known to nobody else; it goes with the request for the connection."""
+
+
 class Welcome(Model):
     """The backup is ready to be filled; every later frame carries `connection`."""
 
     protocol_version: int = PROTOCOL_VERSION
     connection: int = Field(ge=1, lt=1 << 64)
+    rdma: RdmaOffer | None = None
+    """If offered, the primary's next frame is TRANSPORT."""
+
+
+class TransportChoice(Model):
+    """The primary's answer to an offer: this frame is the last on TCP, or all stay there."""
+
+    transport: Literal["rdma", "tcp"]
+    reason: str = Field(default="", max_length=1024)
+    """Why not RDMA."""
 
 
 class Refusal(Model):
@@ -120,7 +152,7 @@ class Farewell(Model):
     explanation: str = Field(default="", max_length=4096)
 
 
-Greeting = TypeVar("Greeting", Hello, Welcome, Refusal, Farewell)
+Greeting = TypeVar("Greeting", Hello, Welcome, Refusal, TransportChoice, Farewell)
 
 
 def decode_json(model: type[Greeting], payload: bytes | memoryview) -> Greeting:
@@ -134,13 +166,19 @@ def decode_json(model: type[Greeting], payload: bytes | memoryview) -> Greeting:
 # --- pages ----------------------------------------------------------------------------------------
 
 
+DecodeRows = Callable[[ContentHead, memoryview, PageIndexes], PageRows]
+"""Makes pages of encoded content, or raises FrameRejected; the rows are the decoder's."""
+
+
 @dataclass(frozen=True)
 class Pages:
-    """Content of a PAGES frame. `rows` is a view of the payload: `uint8[len(indexes), 4096]`."""
+    """Content of a PAGES frame: `rows: uint8[len(indexes), 4096]`, plain ones views of it."""
 
     indexes: PageIndexes
     rows: PageRows
     zero_indexes: PageIndexes
+    is_decoded: bool = False
+    """The rows are a decoder's, not views of the payload they came in."""
 
     @property
     def page_count(self) -> int:
@@ -168,25 +206,55 @@ def split_pages(
         yield Pages(NO_PAGES, NO_ROWS, indexes_of(runs[start : start + index_room]))
 
 
-def encode_pages(pages: Pages) -> list[Part]:
-    """Return the parts of a PAGES payload; the content is a view of `pages.rows`."""
+def encode_pages(pages: Pages, content: Content | None = None) -> list[Part]:
+    """Return the parts of a PAGES payload; `content` is what `pages.rows` were encoded to.
+
+    Without it the pages travel as they are, as a view of `pages.rows`.
+    """
     runs, zero_runs = runs_of(pages.indexes), runs_of(pages.zero_indexes)
-    head = PAGES_HEAD.pack(len(runs), len(zero_runs), len(pages.indexes), len(pages.zero_indexes))
-    return [head, runs.reshape(-1), zero_runs.reshape(-1), pages.rows.reshape(-1)]
+    if content is None:
+        content = plain_content(pages.rows)
+    head = PAGES_HEAD.pack(
+        len(runs),
+        len(zero_runs),
+        len(pages.indexes),
+        len(pages.zero_indexes),
+        content.head.flags,
+        content.head.delta_page_count,
+        content.head.length,
+        content.head.digest,
+    )
+    return [head, runs.reshape(-1), zero_runs.reshape(-1), *content.parts]
 
 
-def decode_pages(payload: memoryview, map_page_count: int) -> Pages:
-    """Return the pages of a payload, as views of it, for a map of `map_page_count` pages.
+def no_decoding(head: ContentHead, payload: memoryview, indexes: PageIndexes) -> PageRows:
+    """Refuse encoded content: what a side does that can not decode."""
+    del payload, indexes
+    raise _bad(f"content with flags {head.flags:#x}, and nothing here decodes it")
 
-    Raises FrameRejected if the runs are not ascending, overlap, leave the map, or do not fit the
-    length.
+
+def decode_pages(
+    payload: memoryview,
+    map_page_count: int,
+    decode_rows: DecodeRows = no_decoding,
+    limits: FrameLimits = DEFAULT_LIMITS,
+) -> Pages:
+    """Return the pages of a payload for a map of `map_page_count` pages.
+
+    Plain ones are views of it, others what `decode_rows` makes of them. Raises FrameRejected if the
+    runs are not ascending, overlap, leave the map, or the content does not fit what is said of it.
     """
     if len(payload) < PAGES_HEAD.size:
         raise _bad(f"PAGES of {len(payload)} bytes")
-    run_count, zero_run_count, page_count, zero_page_count = PAGES_HEAD.unpack_from(payload)
+    fields = PAGES_HEAD.unpack_from(payload)
+    run_count, zero_run_count, page_count, zero_page_count = fields[:4]
+    head = ContentHead(*fields[4:])
     zero_runs_at = PAGES_HEAD.size + run_count * RUN_SIZE_BYTES
     rows_at = zero_runs_at + zero_run_count * RUN_SIZE_BYTES
-    if rows_at + page_count * PAGE_SIZE_BYTES != len(payload):
+    if rows_at > len(payload):
+        raise _bad(f"PAGES says {run_count + zero_run_count} runs and has {len(payload)} bytes")
+    check_head(head, page_count, limits.slab_size_bytes)
+    if not head.flags and rows_at + head.length != len(payload):
         raise _bad(f"PAGES says {page_count} pages and has {len(payload)} bytes")
     runs = _runs_at(payload, PAGES_HEAD.size, run_count)
     zero_runs = _runs_at(payload, zero_runs_at, zero_run_count)
@@ -194,8 +262,13 @@ def decode_pages(payload: memoryview, map_page_count: int) -> Pages:
     _check_runs(zero_runs, zero_page_count, map_page_count)
     indexes = indexes_of(runs)
     _check_disjoint(indexes, zero_runs)
-    rows = np.frombuffer(payload, dtype=np.uint8, offset=rows_at) if page_count else NO_ROWS
-    return Pages(indexes, rows.reshape(-1, PAGE_SIZE_BYTES), indexes_of(zero_runs))
+    if head.flags:
+        rows = decode_rows(head, payload[rows_at:], indexes)
+    elif page_count:
+        rows = np.frombuffer(payload, dtype=np.uint8, offset=rows_at).reshape(-1, PAGE_SIZE_BYTES)
+    else:
+        rows = NO_ROWS
+    return Pages(indexes, rows, indexes_of(zero_runs), is_decoded=head.flags != 0)
 
 
 def _runs_at(payload: memoryview, offset: int, count: int) -> NDArray[np.int64]:
@@ -294,9 +367,16 @@ def decode_checkpoint(payload: memoryview) -> Checkpoint:
 class CheckpointReceiver:
     """Knows whether the checkpoint that arrives is whole. For one connection, on the backup."""
 
-    def __init__(self, map_page_count: int) -> None:
+    def __init__(
+        self,
+        map_page_count: int,
+        decode_rows: DecodeRows = no_decoding,
+        limits: FrameLimits = DEFAULT_LIMITS,
+    ) -> None:
         """Expect seeding pages (epoch 0) or the first epoch, over a map of so many pages."""
         self.completed_epoch = 0
+        self._decode_rows = decode_rows
+        self._limits = limits
         self._map_page_count = map_page_count
         self._tally = PagesTally()
 
@@ -305,7 +385,8 @@ class CheckpointReceiver:
         is_seeding = self.completed_epoch == 0 and self._tally.frame_count == 0
         if header.epoch != self.completed_epoch + 1 and not (header.epoch == 0 and is_seeding):
             raise self._wrong_epoch(header)
-        pages = decode_pages(payload, self._map_page_count)
+        decode_rows = self._decode_rows if header.epoch else self._decode_seeding
+        pages = decode_pages(payload, self._map_page_count, decode_rows, self._limits)
         if header.epoch:
             self._tally.add(header.checksum, pages.page_count)
         return pages
@@ -326,6 +407,17 @@ class CheckpointReceiver:
         self.completed_epoch = header.epoch
         self._tally = PagesTally()
         return checkpoint
+
+    def _decode_seeding(
+        self, head: ContentHead, payload: memoryview, indexes: PageIndexes
+    ) -> PageRows:
+        """Decode, but no difference: a page may come twice while seeding, so its base is not known.
+
+        Raises FrameRejected.
+        """
+        if head.flags & FLAG_DELTA:
+            raise _bad("a difference while seeding")
+        return self._decode_rows(head, payload, indexes)
 
     def _wrong_epoch(self, header: FrameHeader) -> FrameRejected:
         return FrameRejected(

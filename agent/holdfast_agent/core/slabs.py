@@ -23,6 +23,8 @@ Source: Micro-Checkpointing for QEMU (Hines, 2014), `mc_slab_start`: strike, res
 its rules; floor and headroom are ours, it halves below what is in use and grows in the next pause.
 """
 
+from collections.abc import Callable
+
 from holdfast_agent.core.memory_map import PAGE_SIZE_BYTES, PageRows, empty_rows
 
 HEADROOM_BYTES_MAX = 64 << 20
@@ -54,8 +56,9 @@ class SlabPool:
         *,
         headroom_bytes_max: int = HEADROOM_BYTES_MAX,
         strikes_to_halve: int = STRIKES_TO_HALVE,
+        made: Callable[[PageRows], None] = lambda _: None,
     ) -> None:
-        """Make the head slab."""
+        """Make the head slab; `made` is told of every slab when it is made."""
         assert slab_size_bytes > 0, slab_size_bytes
         assert slab_size_bytes % PAGE_SIZE_BYTES == 0, slab_size_bytes
         assert limit_bytes >= slab_size_bytes, (limit_bytes, slab_size_bytes)
@@ -66,6 +69,7 @@ class SlabPool:
         self._limit_bytes = limit_bytes
         self._headroom_pages_max = headroom_bytes_max // PAGE_SIZE_BYTES
         self._strikes_to_halve = strikes_to_halve
+        self._made = made
         self._wanted = 1
         self._largest_wanted = 1
         self._is_taken = False
@@ -150,3 +154,4 @@ class SlabPool:
             slab = empty_rows(self.pages_per_slab)
             slab.fill(0)  # np.zeros would leave the page faults to the pause
             self._slabs.append(slab)
+            self._made(slab)

@@ -84,8 +84,11 @@ class AgentChannel:
         while self._queue and self._agent is not None and self._send_now(self._queue[0]):
             self._queue.popleft()
 
-    def receive(self) -> list[tuple[ToWorker, int | None]]:
-        """Return all messages that are there, each with the descriptor it carried (now ours)."""
+    def receive(self, *, takes_descriptors: bool = False) -> list[tuple[ToWorker, int | None]]:
+        """Return all messages that are there, each with the descriptor it carried (now ours).
+
+        Without `takes_descriptors` they are closed: a worker that has its primary wants no other.
+        """
         self._accept()
         messages: list[tuple[ToWorker, int | None]] = []
         while self._agent is not None:
@@ -96,6 +99,9 @@ class AgentChannel:
             except ConnectionError:
                 data, ancillary = b"", []
             descriptor = _descriptor_of(ancillary)
+            if descriptor is not None and not takes_descriptors:
+                socket.close(descriptor)
+                descriptor = None
             if not data:
                 self._hang_up()
                 break

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from holdfast_agent.config import AgentConfig
-from holdfast_agent.memory import TRACKERS, PagemapScanTracker, pagemap_scan
+from holdfast_agent.memory import TRACKERS, unavailable
+from holdfast_agent.network.selection import outlook_of
+from holdfast_agent.transport.rdma.binding import missing
 from holdfast_api import __version__
 from holdfast_api.records import HostFacts
 
@@ -31,10 +33,7 @@ class HostProbe:
             line.split()[0] for line in types.splitlines()[1:] if line.strip()
         )
         self._accelerators = _accelerators(config.accelerator)
-        scan_works = pagemap_scan.unavailable() is None
-        self._trackers = tuple(
-            name for name in TRACKERS if name != PagemapScanTracker.name or scan_works
-        )
+        self._trackers = tuple(name for name in TRACKERS if unavailable(name) is None)
 
     def look(self) -> HostFacts:
         """Return the host's facts as of now."""
@@ -52,6 +51,8 @@ class HostProbe:
             machine_types=self._machine_types,
             accelerators=self._accelerators,
             trackers=self._trackers,
+            plugs=outlook_of(self._config.plug).usable,
+            transports=_transports(self._config.rdma_address),
             bridges=_bridges(),
             agent_version=__version__,
         )
@@ -97,6 +98,10 @@ def _bridges() -> tuple[str, ...]:
     with IPRoute() as route:
         links = route.get_links(kind="bridge")
     return tuple(sorted(link.get_attr("IFLA_IFNAME") for link in links))
+
+
+def _transports(rdma_address: str) -> tuple[str, ...]:
+    return ("rdma", "tcp") if rdma_address and missing() is None else ("tcp",)
 
 
 def _accelerators(wanted: Literal["auto", "kvm", "tcg"]) -> tuple[str, ...]:

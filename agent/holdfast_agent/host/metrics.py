@@ -84,6 +84,7 @@ def serve_metrics(
     host: HostId,
     reports: Callable[[], tuple[WorkerReport, ...]],
     refused_peers: Callable[[], float],
+    certificate_seconds_left: Callable[[], float] | None = None,
 ) -> Callable[[], None]:
     """Serve until the returned function is called; an empty `listen` serves nothing."""
     if not listen:
@@ -93,10 +94,17 @@ def serve_metrics(
     registry.register(WorkerCollector(host, reports))
     refused = Gauge(
         "holdfast_agent_refused_peers",
-        "Connections to the peer port that said no HELLO that could be believed.",
+        "Connections to the peer port that were not let in.",
         registry=registry,
     )
     refused.set_function(refused_peers)
+    if certificate_seconds_left is not None:
+        left = Gauge(
+            "holdfast_agent_certificate_seconds_left",
+            "Until the certificate that proves this host to its peers expires.",
+            registry=registry,
+        )
+        left.set_function(certificate_seconds_left)
     server, thread = start_http_server(port, address, registry)
 
     def stop() -> None:

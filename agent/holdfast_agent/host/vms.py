@@ -17,6 +17,7 @@ from holdfast_agent.host.processes import is_alive
 from holdfast_agent.hypervisor.discovery import facts_of
 from holdfast_agent.hypervisor.holding import qmp_path_of
 from holdfast_agent.hypervisor.qmp import QmpConnection
+from holdfast_agent.network.selection import outlook_of
 from holdfast_api.records import VmFacts
 from holdfast_api.words import VmId
 
@@ -90,7 +91,7 @@ class VmFinder:
             LOGGER.warning("%s", error)
             return
         try:
-            facts = facts_of(qmp)
+            facts = facts_of(qmp, outlook=outlook_of(self._config.plug))
         except VirtualMachineFailed as error:
             LOGGER.warning("%s: %s", path, error)
             return

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from holdfast_agent.core.failures import VirtualMachineFailed
 from holdfast_agent.host.processes import is_alive, kill_and_wait, start_ticks_of
+from holdfast_agent.network.qdisc_links import remove_plugs_of
 from holdfast_agent.network.taps import remove_tap
 
 SOCKET_PATH_BYTES_MAX = 107
@@ -111,6 +112,7 @@ def remove_remains(vm: str, run_dir: Path) -> None:
             raise VirtualMachineFailed(f"process {process[0]} of {vm} survives SIGKILL")
         for tap in holding.taps:
             remove_tap(tap)
+            remove_plugs_of(tap)
         shutil.rmtree(holding.folder, ignore_errors=True)
     qmp_path_of(vm, run_dir).unlink(missing_ok=True)
     note_path_of(vm, run_dir).unlink(missing_ok=True)

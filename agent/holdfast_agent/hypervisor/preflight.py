@@ -5,7 +5,7 @@ guest has would be lost, leave too early, or not fit into a standby.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from holdfast_agent.hypervisor.nics import nic_specs
 from holdfast_agent.hypervisor.options import parse
 from holdfast_agent.hypervisor.qmp import QmpConnection
 from holdfast_agent.memory.location import BlockLocation
+from holdfast_agent.network.selection import FILTER_ONLY, PlugOutlook, tap_objection
 from holdfast_api.records import PreflightIssue, VmFacts
 from holdfast_api.words import Severity
 
 ARCHITECTURES = frozenset({"x86_64"})
+ZERO_COPY = Path("/sys/module/vhost_net/parameters/experimental_zcopytx")
 SAVE_COMMAND = "xen-save-devices-state"
 _VERSIONED = re.compile(r"-\d+\.\d+")
 _DEVICE_ISSUES: tuple[tuple[re.Pattern[str], str, str], ...] = (
@@ -60,6 +62,10 @@ class Examination:
     """Empty when they could not be located; an issue then says why."""
     nics: tuple[NicSpec, ...]
     issues: tuple[PreflightIssue, ...]
+    plug: str = ""
+    """What would hold its output here; empty when nothing can."""
+    plugs: tuple[str, ...] = ()
+    """What could hold it on a host that has all of them."""
 
     @property
     def protectable(self) -> bool:
@@ -77,14 +83,18 @@ class Examination:
             qemu_version=self.identity.qemu_version,
             accelerator=self.identity.accelerator,
             bridges=tuple(sorted({nic.bridge for nic in self.nics if nic.bridge})),
+            plugs=self.plugs,
             issues=self.issues,
             pid=self.identity.pid,
         )
 
 
-def examine(qmp: QmpConnection, pid: int, argv: Sequence[str]) -> Examination:
+def examine(
+    qmp: QmpConnection, pid: int, argv: Sequence[str], outlook: PlugOutlook = FILTER_ONLY
+) -> Examination:
     """Examine a QEMU over its monitor; `argv` is the command line of process `pid`.
 
+    `outlook` says which plugs this host may hold output with.
     Raises VirtualMachineFailed when QEMU does not answer.
     """
     status, memory, target, commands, blocks, migration, plugged, anonymous = (
@@ -112,6 +122,9 @@ def examine(qmp: QmpConnection, pid: int, argv: Sequence[str]) -> Examination:
     ]
     running = parse_network(qmp.human("info network"))
     issues += nic_issues(running, argv)
+    needs = output_needs(running, argv)
+    plug, refusals = choose_plug(needs, outlook)
+    issues += refusals
     nics = nic_specs(running)
     issues += [
         _warning("tap-without-bridge", f"tap {nic.tap} is on no bridge: nor will the standby's be")
@@ -132,6 +145,8 @@ def examine(qmp: QmpConnection, pid: int, argv: Sequence[str]) -> Examination:
         blocks=tuple(located),
         nics=nics,
         issues=tuple(issues),
+        plug=plug,
+        plugs=plugs_serving(needs),
     )
 
 
@@ -281,32 +296,112 @@ def nic_issues(running: Sequence[RunningNic], argv: Sequence[str]) -> list[Prefl
                     f"{label} is not on the command line under this id: use -netdev tap,id=...",
                 )
             )
-        else:
-            issues += _filter_issues(label, queue_count=nic.queue_count, vhost=known.vhost)
     return issues
 
 
-def _filter_issues(label: str, *, queue_count: int, vhost: bool) -> list[PreflightIssue]:
+@dataclass(frozen=True)
+class OutputNeed:
+    """What holding the output of one NIC must cope with."""
+
+    label: str
+    tap: str
+    queue_count: int
+    vhost: bool
+
+    @property
+    def serves_filter(self) -> bool:
+        """QEMU's filters can hold it."""
+        return not self.vhost and self.queue_count == 1
+
+
+def output_needs(running: Sequence[RunningNic], argv: Sequence[str]) -> list[OutputNeed]:
+    """Return the needs of all NICs on taps that have a name."""
+    on_argv = {nic.netdev_id: nic for nic in nics_of(argv)}
+    needs = []
+    for nic in running:
+        known = on_argv.get(nic.netdev_id)
+        if nic.kind == "tap" and nic.tap is not None and not nic.by_descriptor:
+            label = f"NIC {nic.nic} ({nic.netdev_id})"
+            vhost = known is not None and known.vhost
+            needs.append(OutputNeed(label, nic.tap, nic.queue_count, vhost))
+    return needs
+
+
+def plugs_serving(needs: Sequence[OutputNeed]) -> tuple[str, ...]:
+    """Return the plugs that could hold this output on a host that has them, best first."""
+    filters = ("filter",) if all(need.serves_filter for need in needs) else ()
+    return ("qdisc", *filters)
+
+
+def choose_plug(
+    needs: Sequence[OutputNeed],
+    outlook: PlugOutlook,
+    objection: Callable[[str], tuple[str, str] | None] = tap_objection,
+    *,
+    zero_copy: bool | None = None,
+) -> tuple[str, list[PreflightIssue]]:
+    """Return the plug that holds this output here, or an empty name and why none can."""
+    zero_copy = _vhost_zero_copy() if zero_copy is None else zero_copy
+    refusals: list[PreflightIssue] = []
+    for name in outlook.usable:
+        if name == "qdisc":
+            found = [_blocking(*why) for need in needs if (why := objection(need.tap))]
+            found += _zero_copy_issues(needs, zero_copy=zero_copy)
+        else:
+            found = [issue for need in needs for issue in _filter_issues(need, outlook)]
+        if not found:
+            return name, []
+        refusals += found
+    if not outlook.usable:
+        refusals.append(_blocking("no-qdisc-plug", outlook.reason("qdisc")))
+    return "", refusals
+
+
+def _zero_copy_issues(needs: Sequence[OutputNeed], *, zero_copy: bool) -> list[PreflightIssue]:
+    """A held packet would be the guest's own memory, and stopping the guest would wait for it."""
+    return [
+        _blocking(
+            "vhost-zero-copy",
+            f"{need.label}: vhost sends without copying, so that what is held would keep the guest "
+            "from being stopped: load vhost_net with experimental_zcopytx=0",
+        )
+        for need in needs
+        if zero_copy and need.vhost
+    ]
+
+
+def _filter_issues(need: OutputNeed, outlook: PlugOutlook) -> list[PreflightIssue]:
     """Judge what QEMU's net filters, which hold the output, cannot serve."""
     issues = []
-    if vhost:
+    reason = outlook.reason("qdisc")
+    instead = f", or use the kernel's plug ({reason})" if reason else ""
+    if need.vhost:
         issues.append(
             _blocking(
                 "vhost-with-filter-plug",
-                f"{label} uses vhost, past QEMU's filters: nothing would be held; use vhost=off",
+                f"{need.label} uses vhost, past QEMU's filters: nothing would be held; use "
+                f"vhost=off{instead}",
             )
         )
-    if queue_count > 1:
+    if need.queue_count > 1:
         issues.append(
             _blocking(
                 "several-queues-with-filter-plug",
-                f"{label} has {queue_count} queues, QEMU's filters serve one: use queues=1",
+                f"{need.label} has {need.queue_count} queues, QEMU's filters serve one: use "
+                f"queues=1{instead}",
             )
         )
     return issues
 
 
 # --- below ----------------------------------------------------------------------------------------
+
+
+def _vhost_zero_copy() -> bool:
+    try:
+        return ZERO_COPY.read_text(encoding="ascii").strip() in ("1", "Y")
+    except OSError:
+        return False
 
 
 def _is_child(entry: Mapping[str, str]) -> bool:

@@ -69,8 +69,12 @@ class ReceiveBuffers:
             raise StagingLimitReached(needed_bytes=needed_bytes, limit_bytes=self._limit_bytes)
         self.kept_bytes = needed_bytes
 
+    def keep_no_more(self, length: int) -> None:
+        """End the account of `length` bytes that were kept, in memory that is not the pool's."""
+        self.kept_bytes -= length
+        assert self.kept_bytes >= 0, "something was given back twice"
+
     def give_back(self, buffer: NDArray[np.uint8], length: int) -> None:
         """End the keeping of a payload of `length` bytes."""
-        self.kept_bytes -= length
-        assert self.kept_bytes >= 0, "a buffer was given back twice"
+        self.keep_no_more(length)
         self.put(buffer)

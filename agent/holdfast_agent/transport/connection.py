@@ -43,7 +43,7 @@ from holdfast_agent.core.frames import (
 )
 from holdfast_agent.transport.buffers import ReceiveBuffers
 from holdfast_agent.transport.liveness import KeepaliveTimer, SilenceJudge
-from holdfast_agent.transport.stream import Stream
+from holdfast_agent.transport.stream import LendingStream, Stream
 from holdfast_api.words import ClaimReason, Role
 
 MAX_READ_AHEAD = 64
@@ -116,6 +116,7 @@ class FrameConnection:
         peer = Role.BACKUP if role is Role.PRIMARY else Role.PRIMARY
         self.counters = ConnectionCounters()
         self._stream = stream
+        self._lender = stream if isinstance(stream, LendingStream) else None
         self._limits = limits
         self._clock = clock
         self._limit_ns = int(silence_limit_seconds * 1e9)
@@ -140,6 +141,7 @@ class FrameConnection:
         self._header: FrameHeader | None = None
         self._payload_buffer = self._buffers.take(0)
         self._filled = 0
+        self._drained = True
         stream.limit_silence(silence_limit_seconds)
 
     def limit_silence(self, silence_limit_seconds: float) -> None:
@@ -171,6 +173,14 @@ class FrameConnection:
     def has_read_ahead(self) -> bool:
         """Frames wait in memory, for which the descriptor will not become readable."""
         return bool(self._read_ahead)
+
+    @property
+    def is_drained(self) -> bool:
+        """Nothing more was there when we last looked: what comes makes the descriptor readable.
+
+        Before that the stream may have taken in what the descriptor does not show any more.
+        """
+        return self._drained
 
     @property
     def last_heard_ns(self) -> int:
@@ -287,6 +297,18 @@ class FrameConnection:
                 first += 1
             if sent:
                 views[first] = views[first][sent:]
+        self._settle(progress)
+
+    def _settle(self, progress: SilenceJudge) -> None:
+        """Wait until the carrier has read what it was lent. Raises PeerLost without progress."""
+        try:
+            while self._lender is not None and not self._lender.settle(self._limit_ns / 4e6):
+                if progress.is_suspicious(self._clock()):
+                    raise PeerLost(
+                        ClaimReason.PEER_SILENT, f"took no data for {self._limit_ns / 1e6:.0f} ms"
+                    )
+        except OSError as error:
+            raise _lost(error) from error
 
     def _wait_writable(self, progress: SilenceJudge) -> None:
         """Wait a while for room, reading ahead meanwhile. Raises PeerLost without progress."""
@@ -331,6 +353,17 @@ class FrameConnection:
     def give_back(self, frame: Frame, beside_bytes: int = 0) -> None:
         """End the use of a kept frame: its payload and every view of it."""
         self._buffers.give_back(frame.buffer, len(frame.payload) + beside_bytes)
+
+    def keep_decoded(self, size_bytes: int) -> None:
+        """Count memory that was made from a frame and is kept instead of it.
+
+        Raises StagingLimitReached; nothing is counted then.
+        """
+        self._buffers.keep(size_bytes)
+
+    def give_back_decoded(self, size_bytes: int) -> None:
+        """End the use of memory counted by `keep_decoded`."""
+        self._buffers.keep_no_more(size_bytes)
 
     def judge_silence(self, now_ns: int) -> bool:
         """Say whether the peer's silence is a suspicion. Ask at least every half silence limit.
@@ -392,9 +425,11 @@ class FrameConnection:
             try:
                 count = self._stream.receive_into(target[self._filled : end])
             except BlockingIOError:
+                self._drained = True
                 return False
             except OSError as error:
                 raise _lost(error) from error
+            self._drained = False
             if count == 0:
                 within = self._filled > 0 or self._header is not None
                 where = "within a frame" if within else "between frames"
@@ -408,6 +443,24 @@ class FrameConnection:
         return True
 
     # --- opening ----------------------------------------------------------------------------------
+
+    def move_to(self, stream: Stream) -> None:
+        """Go on over another stream, from the next frame on, in both directions; close the old one.
+
+        To be called between frames, by both sides at the same place. Numbers and ids go on.
+        """
+        assert self._header is None, "within a frame"
+        assert self._filled == 0, "within a header"
+        with self._sending:
+            self._stream.close()
+            self._stream = stream
+            self._lender = stream if isinstance(stream, LendingStream) else None
+            stream.limit_silence(self._limit_ns / 1e9)
+
+    def register(self, array: NDArray[np.uint8]) -> None:
+        """Let the carrier read this memory where it lies, if it can make use of that."""
+        if self._lender is not None:
+            self._lender.register(array)
 
     def bind(self, connection: int) -> None:
         """From here on every frame of both directions carries this connection id."""

@@ -1,12 +1,20 @@
-"""How connections between agents begin: listen, connect, greet, welcome, refuse. Talks TCP.
+"""How connections between agents begin: listen, connect, greet, welcome, refuse. Talks TCP and TLS.
 
-An agent listens for all its VMs. It accepts, reads exactly the HELLO (not a byte more), and passes
-the socket to the worker of that VM by SCM_RIGHTS; the worker goes on with a FrameConnection that
-has `received_frames=1`. The primary sends nothing between HELLO and WELCOME.
+    primary                        agent of the backup          worker of the backup
+    connect, preface        ──▶    read it, pick the worker
+                                   pass the socket on    ──▶    (`admission`)
+    TLS handshake           ◀─────────────────────────────▶     TLS handshake
+    HELLO                   ─────────────────────────────▶      is it who is expected?
+                            ◀─────────────────────────────      WELCOME or REFUSED
+
+An agent listens for all its VMs. A TLS session cannot be passed on, so the agent reads exactly the
+preface, in the clear, and whoever answers the HELLO shakes hands. With `tls` off there is no
+handshake, and all else is the same. The primary sends nothing between HELLO and WELCOME.
 
 An address is `host:port`, with brackets around an IPv6 address: `[fd00::1]:7600`.
 """
 
+import contextlib
 import secrets
 import socket
 import time
@@ -20,10 +28,14 @@ from holdfast_agent.core.frames import (
     FrameRejected,
     RejectionCode,
 )
-from holdfast_agent.core.payloads import Hello, Refusal, Welcome, decode_json
+from holdfast_agent.core.payloads import Hello, RdmaOffer, Refusal, Welcome, decode_json
+from holdfast_agent.core.preface import Preface, encode_preface
 from holdfast_agent.transport.connection import FrameConnection
+from holdfast_agent.transport.identity import Identity, host_of
+from holdfast_agent.transport.stream import Stream
 from holdfast_agent.transport.tcp import TcpStream, enlarge_buffers
-from holdfast_api.words import ClaimReason, Role
+from holdfast_agent.transport.tls import TlsStream, shake_hands
+from holdfast_api.words import ClaimReason, HostId, Role
 
 BACKLOG = 128
 PORT_MAX = 65_535
@@ -96,6 +108,40 @@ def connect(address: str, timeout_seconds: float) -> socket.socket:
     return sock
 
 
+def reach(
+    address: str,
+    preface: Preface,
+    backup: HostId,
+    identity: Identity | None,
+    timeout_seconds: float,
+) -> Stream:
+    """Connect to the worker of `backup` that `preface` names; with an identity over TLS.
+
+    Blocks at most twice so long: to connect, and to shake hands. Raises PeerLost, also for a
+    certificate that is not that host's, and IdentityUnusable. The caller closes the stream.
+    """
+    assert preface.tls == (identity is not None)
+    context = identity.context(is_server=False) if identity else None
+    sock = connect(address, timeout_seconds)
+    try:
+        sock.sendall(encode_preface(preface))
+    except OSError as error:
+        sock.close()
+        raise PeerLost(ClaimReason.STREAM_BROKEN, f"{address}: {error}") from error
+    if context is None:
+        return TcpStream(sock)
+    tls = shake_hands(sock, context, is_server=False, timeout_seconds=timeout_seconds)
+    found = host_of(tls.getpeercert())
+    if found != backup:
+        tls.close()
+        raise PeerLost(
+            ClaimReason.PEER_FAILED,
+            f"at {address} answers {found or 'no host'} by its certificate, and not {backup}: "
+            "is the address another host's now, or the certificate in the wrong place?",
+        )
+    return TlsStream(tls)
+
+
 def greet(connection: FrameConnection, hello: Hello, timeout_seconds: float) -> Welcome:
     """Say HELLO, wait for the answer, and bind the connection to the id the backup chose.
 
@@ -113,27 +159,27 @@ def greet(connection: FrameConnection, hello: Hello, timeout_seconds: float) -> 
     return welcome
 
 
-def welcome(connection: FrameConnection) -> Welcome:
+def welcome(connection: FrameConnection, rdma: RdmaOffer | None = None) -> Welcome:
     """Answer a HELLO: choose the connection's id and bind the connection to it.
 
-    Raises PeerLost.
+    With an offer of RDMA the primary's next frame is TRANSPORT. Raises PeerLost.
     """
-    answer = Welcome(connection=1 + secrets.randbelow((1 << 64) - 1))
+    answer = Welcome(connection=1 + secrets.randbelow((1 << 64) - 1), rdma=rdma)
     connection.send(FrameKind.WELCOME, 0, [answer.model_dump_json().encode()])
     connection.bind(answer.connection)
     return answer
 
 
 def receive_hello(
-    sock: socket.socket, timeout_seconds: float, limits: FrameLimits = DEFAULT_LIMITS
+    stream: Stream, timeout_seconds: float, limits: FrameLimits = DEFAULT_LIMITS
 ) -> Hello:
     """Read the HELLO of a primary that just connected, and not a byte more; blocks till then.
 
-    The socket stays open and the caller's, also on errors. Raises FrameRejected or PeerLost; the
+    The stream stays open and the caller's, also on errors. Raises FrameRejected or PeerLost; the
     whole must be there within `timeout_seconds`, however slowly it drips.
     """
     connection = FrameConnection(
-        TcpStream(sock),
+        stream,
         role=Role.BACKUP,
         generation=None,
         silence_limit_seconds=timeout_seconds,
@@ -142,7 +188,7 @@ def receive_hello(
     )
     frame = connection.wait_frame(time.monotonic_ns() + int(timeout_seconds * 1e9))
     if frame is None:
-        raise PeerLost(ClaimReason.PEER_SILENT, f"no HELLO within {timeout_seconds} s")
+        raise PeerLost(ClaimReason.PEER_SILENT, f"no HELLO within {timeout_seconds:.1f} s")
     hello = decode_json(Hello, frame.payload)
     if hello.generation != frame.header.generation:
         raise FrameRejected(
@@ -152,11 +198,12 @@ def receive_hello(
     return hello
 
 
-def refuse(sock: socket.socket, generation: int, refusal: Refusal) -> None:
-    """Answer a HELLO with REFUSED; the caller closes the socket. Errors do not matter any more."""
+def refuse(stream: Stream, generation: int, refusal: Refusal) -> None:
+    """Answer a HELLO with REFUSED; the caller closes the stream. Errors do not matter any more."""
     encoder = FrameEncoder(sender=Role.BACKUP, generation=generation)
     views, _ = encoder.encode(FrameKind.REFUSED, 0, [refusal.model_dump_json().encode()])
-    try:
-        sock.send(b"".join(views))  # a few KiB into an empty buffer: goes whole or not at all
-    except OSError:
-        return
+    rest = memoryview(b"".join(views))
+    with contextlib.suppress(OSError):  # a few KiB into an empty buffer: there is room
+        while rest:
+            rest = rest[stream.send([rest]) :]
+    stream.end_sending()

@@ -7,7 +7,10 @@ may be called by another one meanwhile (keep-alives), though never by two at onc
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class Readiness(NamedTuple):
@@ -51,3 +54,20 @@ class Stream(Protocol):
 
     def close(self) -> None:
         """Close it. Idempotent."""
+
+
+@runtime_checkable
+class LendingStream(Stream, Protocol):
+    """A stream whose carrier reads some memory of the caller after `send` has returned."""
+
+    def register(self, array: NDArray[np.uint8]) -> None:
+        """Let the carrier read this memory where it lies, as long as the array lives.
+
+        What can not be registered is copied instead.
+        """
+
+    def settle(self, timeout_ms: float) -> bool:
+        """Wait until the memory offered to `send` may be changed; False if it may not yet.
+
+        Raises OSError.
+        """

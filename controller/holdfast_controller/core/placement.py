@@ -133,6 +133,8 @@ class _Wish:
     machine_type: str
     accelerator: str
     bridges: tuple[str, ...]
+    plugs: tuple[str, ...]
+    needs_rdma: bool
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,8 @@ def _wish(search: _Search) -> _Wish:
         machine_type=search.facts.machine_type,
         accelerator=search.facts.accelerator,
         bridges=search.facts.bridges,
+        plugs=search.facts.plugs,
+        needs_rdma=search.record.policy.transport == "rdma",
     )
 
 
@@ -392,6 +396,23 @@ def _has_the_bridges(search: _Search, host: HostView) -> str | None:
     return None
 
 
+def _can_hold_its_output(search: _Search, host: HostView) -> str | None:
+    """A VM that came to life there must be protected again from there."""
+    assert host.heartbeat is not None
+    wanted, offered = search.facts.plugs, host.heartbeat.facts.plugs
+    if wanted and offered and not set(wanted) & set(offered):
+        return f"has no plug for its NICs ({', '.join(wanted)}): modprobe -a ifb sch_plug"
+    return None
+
+
+def _can_be_reached_as_wanted(search: _Search, host: HostView) -> str | None:
+    assert host.heartbeat is not None
+    offered = host.heartbeat.facts.transports
+    if search.record.policy.transport == "rdma" and offered and "rdma" not in offered:
+        return "has no RDMA: give its agent an rdma_address, a device and python3-pyverbs"
+    return None
+
+
 def _has_let_go(search: _Search, host: HostView) -> str | None:
     """A host that lost a claim destroys its VM first (INV-6); until then it is no backup."""
     assert host.heartbeat is not None
@@ -430,6 +451,8 @@ _RULES: tuple[_Rule, ...] = (
     _knows_the_machine,
     _has_the_accelerator,
     _has_the_bridges,
+    _can_hold_its_output,
+    _can_be_reached_as_wanted,
     _has_let_go,
     _has_room,
     _did_not_just_fail,

@@ -46,7 +46,7 @@ def inject(network: Network, party: str, frame: bytes) -> None:
 @pytest.mark.qemu
 def test_a_failover_under_load_is_witnessed_and_a_forged_packet_is_found(tmp_path: Path) -> None:
     with (
-        Lab.up(2, f"wi{os.getpid() % 100000}") as lab,
+        Lab.up(2, f"wi{os.getpid() % 100000}", tls=False) as lab,
         Witness(lab.network.namespace(SWITCH), tmp_path) as witness,
         HoldfastClient(lab.urls, timeout_seconds=10) as client,
     ):

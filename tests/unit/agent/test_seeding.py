@@ -19,6 +19,7 @@ class FastGuest:
     """
 
     name = "fast"
+    can_harvest_running = True
     memory_map = MemoryMap.of_sizes([("ram", PAGES * 4096)])
 
     def __init__(self, pages_per_page: float) -> None:
@@ -46,6 +47,7 @@ class FastGuest:
         return np.arange(PAGES)
 
     def harvest(self) -> PageIndexes:
+        assert self.can_harvest_running or not self.runs, "its writes of this moment are lost"
         found = np.flatnonzero(self.dirty)
         self.dirty[:] = False
         return found
@@ -111,6 +113,15 @@ def test_a_guest_is_braked_as_much_as_it_takes_and_then_little_is_left(
     assert (guest.sent_standing > 0) == (brakes > 0)
     behind = np.flatnonzero(guest.received != guest.content)
     assert np.isin(behind, left).all(), "what was not sent is owed"
+
+
+def test_a_tracker_that_can_not_harvest_a_running_guest_need_not() -> None:
+    guest = FastGuest(0.5)
+    guest.can_harvest_running = False
+    _, left = seed(guest)
+    behind = np.flatnonzero(guest.received != guest.content)
+    assert np.isin(behind, left).all()
+    assert guest.runs
 
 
 def test_a_guest_that_outruns_every_brake_is_seeded_all_the_same() -> None:

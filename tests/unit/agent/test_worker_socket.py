@@ -30,6 +30,7 @@ from holdfast_api.records import WorkerReport
 from holdfast_api.words import ClaimReason, EventKind, Role, WorkerPhase
 
 POLL_SECONDS = 0.005
+HANDED_OVER = PeerConnected(vm="vm", generation=3, tls=True, address="10.0.0.1:7")
 PATIENCE_SECONDS = 10.0
 
 
@@ -138,14 +139,29 @@ def test_a_descriptor_travels_with_its_message(channel: AgentChannel, run_dir: P
     async def scene() -> None:
         link = await connect(channel, run_dir / "w.sock")
         reading, writing = os.pipe()
-        assert await link.send(PeerConnected(hello="{}"), reading)
+        assert await link.send(HANDED_OVER, reading)
         os.close(reading)
-        [(message, descriptor)] = channel.receive()
-        assert message == PeerConnected(hello="{}")
+        [(message, descriptor)] = channel.receive(takes_descriptors=True)
+        assert message == HANDED_OVER
         assert descriptor is not None
         os.write(writing, b"through")
         assert os.read(descriptor, 16) == b"through"
         os.close(descriptor)
+        os.close(writing)
+        link.close()
+
+    run(scene())
+
+
+def test_a_descriptor_that_nobody_waits_for_is_closed(channel: AgentChannel, run_dir: Path) -> None:
+    async def scene() -> None:
+        link = await connect(channel, run_dir / "w.sock")
+        reading, writing = os.pipe()
+        assert await link.send(HANDED_OVER, reading)
+        os.close(reading)
+        assert channel.receive() == [(HANDED_OVER, None)]
+        with pytest.raises(BrokenPipeError):  # no end to read from is left
+            os.write(writing, b"lost")
         os.close(writing)
         link.close()
 
@@ -160,7 +176,7 @@ def test_descriptors_that_nobody_expects_are_closed(channel: AgentChannel, run_d
     socket.send_fds(agent, [Noted(what="seeded").model_dump_json().encode()], readers)
     for reading in readers:
         os.close(reading)
-    [(message, descriptor)] = channel.receive()
+    [(message, descriptor)] = channel.receive(takes_descriptors=True)
     assert message == Noted(what="seeded")
     assert descriptor is not None
     os.close(descriptor)

@@ -46,7 +46,7 @@ def forged(**changes: int | bytes) -> bytes:
     """A KEEPALIVE header with some fields changed and a checksum that fits."""
     fields: dict[str, int | bytes] = {
         "magic": b"HFFR",
-        "version": 1,
+        "version": 2,
         "kind": FrameKind.KEEPALIVE,
         "generation": 7,
         "connection": 99,
@@ -82,10 +82,10 @@ def test_a_payload_is_not_copied_for_sending() -> None:
     ("changes", "code"),
     [
         ({"magic": b"HTTP"}, RejectionCode.BAD_MAGIC),
-        ({"version": 2}, RejectionCode.BAD_VERSION),
-        ({"version": 0}, RejectionCode.BAD_VERSION),
+        ({"version": 1}, RejectionCode.BAD_VERSION),
+        ({"version": 3}, RejectionCode.BAD_VERSION),
         ({"kind": 0}, RejectionCode.UNKNOWN_KIND),
-        ({"kind": 9}, RejectionCode.UNKNOWN_KIND),
+        ({"kind": 10}, RejectionCode.UNKNOWN_KIND),
         ({"kind": FrameKind.ACKNOWLEDGE}, RejectionCode.UNEXPECTED_KIND),
         ({"kind": FrameKind.HELLO}, RejectionCode.UNEXPECTED_KIND),
         ({"generation": 6}, RejectionCode.WRONG_GENERATION),
@@ -211,7 +211,7 @@ def test_the_header_lies_where_the_table_says() -> None:
     views, checksum = encoder(generation=0x1122).encode(FrameKind.PAGES, 0x33, [b"xyz"])
     header = bytes(views[0])
     assert header[0:4] == b"HFFR"
-    assert struct.unpack_from("<HH", header, 4) == (1, FrameKind.PAGES)
+    assert struct.unpack_from("<HH", header, 4) == (2, FrameKind.PAGES)
     assert struct.unpack_from("<QQQQ", header, 8) == (0x1122, 99, 5, 0x33)
     assert struct.unpack_from("<II", header, 40) == (3, 1)
     assert header[48:] == checksum == xxhash.xxh3_128(header[:48] + b"xyz").digest()

@@ -98,3 +98,19 @@ def test_events_out_of_order_are_a_programmers_error() -> None:
     subject.captured(0)
     with pytest.raises(AssertionError):
         subject.captured(1)
+
+
+@pytest.mark.parametrize("output_triggered", [True, False])
+def test_output_that_soon_does_not_fit_is_not_waited_for(*, output_triggered: bool) -> None:
+    subject = after_first(output_triggered=output_triggered)
+    subject.output_presses(1002 * MS)
+    subject.output_presses(1003 * MS)
+    assert subject.due_at_ns() == 1002 * MS
+    subject.captured(1003 * MS)
+    subject.output_presses(1004 * MS)
+    assert subject.due_at_ns() is None
+    subject.acknowledged(1005 * MS)
+    assert subject.due_at_ns() == 1005 * MS
+    subject.captured(1006 * MS)
+    subject.acknowledged(1007 * MS)
+    assert subject.due_at_ns() == 1056 * MS

@@ -38,7 +38,8 @@ def pages_of(indexes: list[int], zeros: list[int] | None = None) -> Pages:
 def raw_pages(
     runs: list[tuple[int, int]], zero_runs: list[tuple[int, int]], counts: tuple[int, int]
 ) -> memoryview:
-    head = struct.pack("<IIII", len(runs), len(zero_runs), *counts)
+    plain = (0, 0, 4096 * counts[0], bytes(16))
+    head = struct.pack("<IIIIIIQ16s", len(runs), len(zero_runs), *counts, *plain)
     body = b"".join(struct.pack("<qq", *run) for run in [*runs, *zero_runs])
     return memoryview(head + body + bytes(4096 * counts[0]))
 
@@ -112,7 +113,7 @@ def test_pages_of_another_length_than_announced_are_refused(cut: int) -> None:
         decode_pages(memoryview(whole[: len(whole) - 1 + cut]), MAP_PAGES)
 
 
-@pytest.mark.parametrize("size", [0, 15])
+@pytest.mark.parametrize("size", [0, 47])
 def test_a_payload_without_a_whole_head_is_refused(size: int) -> None:
     with pytest.raises(FrameRejected, match="bad-payload"):
         decode_pages(memoryview(bytes(size)), MAP_PAGES)
@@ -122,7 +123,10 @@ def test_a_payload_without_a_whole_head_is_refused(size: int) -> None:
 
 def test_run_counts_beyond_the_payload_are_refused() -> None:
     with pytest.raises(FrameRejected, match="bad-payload"):
-        decode_pages(memoryview(struct.pack("<IIII", 1 << 31, 1 << 31, 0, 0)), MAP_PAGES)
+        decode_pages(
+            memoryview(struct.pack("<IIIIIIQ16s", 1 << 31, 1 << 31, 0, 0, 0, 0, 0, bytes(16))),
+            MAP_PAGES,
+        )
 
 
 def test_pages_are_split_into_frames_that_fit() -> None:

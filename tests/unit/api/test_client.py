@@ -114,6 +114,7 @@ CHANGES: list[tuple[str, str, Reply, Callable[[HoldfastClient], Any], Any]] = [
             "min_interval_ms": None,
             "output_triggered": None,
             "reprotect": None,
+            "encoding": None,
         },
     ),
     (

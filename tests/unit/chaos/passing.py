@@ -13,6 +13,7 @@ from tests.chaos.wire import Wire
 
 from holdfast_agent.core.frames import FrameEncoder, FrameKind, Part
 from holdfast_agent.core.payloads import Hello, PagesTally, Welcome, encode_checkpoint
+from holdfast_agent.core.preface import Preface, encode_preface
 from holdfast_api.messages import Assignment, Assignments, ClaimVerdict
 from holdfast_api.records import ClaimStamp, Policy, ProtectionRecord
 from holdfast_api.words import Phase, Role
@@ -162,6 +163,9 @@ class Link:
             silence_limit_ms=50,
             blocks=(("ram", 4096 * 16),),
         )
+        preface = encode_preface(Preface(VM, generation, tls=False))
+        for piece in (preface[:70], preface[70:77], preface[77:]):
+            self.flow.send(0, piece)
         self.say(FrameKind.HELLO, 0, [hello.model_dump_json().encode()])
         self.answer(FrameKind.WELCOME, 0, [Welcome(connection=7).model_dump_json().encode()])
 

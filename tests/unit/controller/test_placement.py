@@ -257,3 +257,14 @@ def test_preferred_labels_come_first_then_few_backups_then_memory_then_the_name(
     assert ranked(one, both, records=(busy,), prefer_labels=prefer) == "h4"
     wrong = host("h2", plain, ssd="n")
     assert ranked(wrong, one, prefer_labels=prefer) == "h3"
+
+
+def test_a_vm_whose_nics_need_the_kernels_plug_is_not_sent_where_there_is_none() -> None:
+    facts = vm_facts(plugs=("qdisc",))
+    without = host("h2", heartbeat(plugs=("filter",)))
+    with_it = host("h2", heartbeat(plugs=("qdisc", "filter")))
+    refusal = "has no plug for its NICs (qdisc): modprobe -a ifb sch_plug"
+    assert reasons(place(without, facts=facts))["h2"] == refusal
+    assert place(with_it, facts=facts).chosen == "h2"
+    assert place(host("h2", heartbeat()), facts=facts).chosen == "h2", "an older agent says nothing"
+    assert place(without, facts=vm_facts(plugs=("qdisc", "filter"))).chosen == "h2"

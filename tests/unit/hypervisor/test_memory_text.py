@@ -98,6 +98,14 @@ def test_a_view_that_is_not_rendered_lends_no_ranges_from_the_next() -> None:
     assert len(parse_flat_view(text, "other")) == 1
 
 
+@pytest.mark.parametrize("suffix", ["", " KVM", " KVM KVM", " @0000000000001000 KVM KVM"])
+def test_a_region_is_known_whatever_its_accelerator_says_behind_it(suffix: str) -> None:
+    view = 'FlatView #0\n AS "memory", root: system\n'
+    line = f"  0000000000000000-0000000003ffffff (prio 0, ram): pc.ram{suffix}"
+    offset = 0x1000 if "@" in suffix else 0
+    assert parse_flat_view(view + line) == [MappedRange(0, 64 * MB, "ram", "pc.ram", offset)]
+
+
 def test_newer_qemus_print_the_host_address() -> None:
     text = (
         "              Block Name    PSize              Offset               Used"

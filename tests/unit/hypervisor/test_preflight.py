@@ -8,15 +8,20 @@ import pytest
 from holdfast_agent.hypervisor.discovery import vm_id_of
 from holdfast_agent.hypervisor.network_text import parse_network
 from holdfast_agent.hypervisor.preflight import (
+    OutputNeed,
     argv_issues,
+    choose_plug,
     device_issues,
     disk_issues,
     hot_plug_issues,
     machine_issues,
     migration_issues,
     nic_issues,
+    output_needs,
+    plugs_serving,
     status_issues,
 )
+from holdfast_agent.network.selection import PlugOutlook
 from holdfast_api.records import PreflightIssue
 from holdfast_api.words import Severity
 
@@ -118,11 +123,6 @@ def test_passed_descriptors_and_named_memory_are_refused(tmp_path: Path) -> None
         ("n0: index=0,type=tap,fd=33", ("-netdev", "tap,id=n0,fd=33"), "tap-by-descriptor"),
         ("n0: index=0,type=vhost-user,", (), "vhost-user-device"),
         ("n0: index=0,type=tap,ifname=t,script=no", (), "netdev-without-id"),
-        (
-            "n0: index=0,type=tap,ifname=t,script=no",
-            ("-netdev", "tap,id=n0,ifname=t,vhost=on"),
-            "vhost-with-filter-plug",
-        ),
     ],
 )
 def test_a_nic_whose_output_cannot_be_held_is_refused(
@@ -130,6 +130,62 @@ def test_a_nic_whose_output_cannot_be_held_is_refused(
 ) -> None:
     text = f"nic.0: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:56\n \\ {line}\n"
     assert codes(nic_issues(parse_network(text), ("qemu", *argv))) == [code]
+
+
+def needs_of(argv: str) -> list[OutputNeed]:
+    line = "n0: index=0,type=tap,ifname=t,script=no"
+    text = f"nic.0: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:56\n \\ {line}\n"
+    running = parse_network(text)
+    assert nic_issues(running, ("qemu", "-netdev", argv)) == []
+    return output_needs(running, ("qemu", "-netdev", argv))
+
+
+KERNEL_PLUG = PlugOutlook(("qdisc", "filter"))
+NO_MODULE = PlugOutlook(("filter",), (("qdisc", "modprobe -a ifb sch_plug"),))
+
+
+def choose(
+    needs: list[OutputNeed],
+    outlook: PlugOutlook,
+    objection: tuple[str, str] | None = None,
+    *,
+    zero_copy: bool = False,
+) -> tuple[str, list[str]]:
+    name, issues = choose_plug(needs, outlook, lambda _: objection, zero_copy=zero_copy)
+    assert bool(name) != bool(issues)
+    return name, codes(issues)
+
+
+def test_vhost_is_refused_only_where_the_filters_must_hold() -> None:
+    plain, vhost = needs_of("tap,id=n0,ifname=t"), needs_of("tap,id=n0,ifname=t,vhost=on")
+    assert choose(plain, NO_MODULE) == ("filter", [])
+    assert choose(plain, KERNEL_PLUG) == ("qdisc", [])
+    assert choose(vhost, KERNEL_PLUG) == ("qdisc", [])
+    assert choose(vhost, NO_MODULE) == ("", ["vhost-with-filter-plug"])
+    _, (issue,) = choose_plug(vhost, NO_MODULE, lambda _: None)
+    assert "modprobe -a ifb sch_plug" in issue.message
+    assert (plugs_serving(plain), plugs_serving(vhost)) == (("qdisc", "filter"), ("qdisc",))
+
+
+def test_a_tap_that_somebody_filters_falls_back_to_the_filters_if_they_serve() -> None:
+    why = ("ingress-filtered", "tap t has filters")
+    assert choose(needs_of("tap,id=n0,ifname=t"), KERNEL_PLUG, why) == ("filter", [])
+    found = choose(needs_of("tap,id=n0,ifname=t,vhost=on"), KERNEL_PLUG, why)
+    assert found == ("", ["ingress-filtered", "vhost-with-filter-plug"])
+
+
+def test_vhost_that_does_not_copy_is_refused() -> None:
+    vhost = needs_of("tap,id=n0,ifname=t,vhost=on")
+    found = choose(vhost, PlugOutlook(("qdisc",)), zero_copy=True)
+    assert found == ("", ["vhost-zero-copy"])
+    plain = needs_of("tap,id=n0,ifname=t")
+    assert choose(plain, PlugOutlook(("qdisc",)), zero_copy=True) == ("qdisc", [])
+
+
+def test_a_host_without_the_plug_it_is_told_to_use_says_what_is_missing() -> None:
+    outlook = PlugOutlook((), (("qdisc", "modprobe -a ifb sch_plug"),))
+    _, (issue,) = choose_plug(needs_of("tap,id=n0,ifname=t"), outlook, lambda _: None)
+    assert (issue.code, issue.message) == ("no-qdisc-plug", "modprobe -a ifb sch_plug")
 
 
 def test_several_queues_are_counted_and_refused() -> None:
@@ -141,7 +197,9 @@ def test_several_queues_are_counted_and_refused() -> None:
     running = parse_network(text)
     assert [nic.queue_count for nic in running] == [2]
     argv = ("qemu", "-netdev", "tap,id=n0,ifname=t,queues=2")
-    assert codes(nic_issues(running, argv)) == ["several-queues-with-filter-plug"]
+    needs = output_needs(running, argv)
+    assert choose(needs, NO_MODULE) == ("", ["several-queues-with-filter-plug"])
+    assert choose(needs, KERNEL_PLUG) == ("qdisc", [])
 
 
 def test_no_nic_is_a_warning() -> None:
