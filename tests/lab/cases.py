@@ -31,8 +31,8 @@ CASES = (
     Case("host-6.1", ("test_the_host.py",), core=True),
     Case("host-6.12", ("test_the_host.py",), Machine(kernel="6.12")),
     Case("host-qemu-10", ("test_the_host.py",), Machine(qemu="10")),
-    Case("plug-6.1", ("test_qdisc_plug.py",), core=True),
-    Case("plug-6.12", ("test_qdisc_plug.py",), Machine(kernel="6.12")),
+    Case("plug-6.1", ("test_qdisc_plug.py",), core=True, seconds_max=600),
+    Case("plug-6.12", ("test_qdisc_plug.py",), Machine(kernel="6.12"), seconds_max=600),
     Case("soft-dirty", ("test_soft_dirty.py",), core=True, seconds_max=600),
     Case(
         "kvm-tracking-6.1",

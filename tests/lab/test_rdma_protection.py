@@ -20,11 +20,11 @@ def logs_of(host: BootedHost) -> str:
 
 
 @pytest.mark.booted
+@pytest.mark.lab_all
 @pytest.mark.timeout(1200)
 def test_a_guest_protected_over_rdma_survives_a_pulled_link() -> None:
     with booted_hosts(2, MACHINE) as (first, second):
         agent = first.start([*PLAIN_HOST, "first"], folder=ROOT, seconds_max=SECONDS_MAX)
-        agent.wait_for("ready", 240.0)
         control = second.start(
             [*PLAIN_HOST, "second"],
             folder=ROOT,
