@@ -158,6 +158,8 @@ def network(tap_count: int = 1, queue_count: int = 1, first: int = 0) -> Iterato
         stack.callback(bridge.close)
         made = Network(taps, queues, station, bridge)
         wait_for(lambda: made.say(IPV4)[0] in made.hear())
+        # The kernel says so a while after it is: what is compared later must have settled.
+        wait_for(lambda: "state UP" in sh(f"ip -o link show {bridge_name}"))
         yield made
 
 
