@@ -50,7 +50,10 @@ class HeldWatch:
                 "why checkpoints take so long"
             )
             LOGGER.warning("%s", text)
-            evidence = {"dropped_packets": new, "held_limit_bytes": self._limit_bytes}
-            event = self._wants.event(EventKind.OUTPUT_DROPPED, text, dict(evidence))
+            event = self._wants.event(
+                EventKind.OUTPUT_DROPPED,
+                text,
+                {"dropped_packets": new, "held_limit_bytes": self._limit_bytes},
+            )
             self._agent.send(Happened(event=event))
         return dropped

@@ -1,5 +1,7 @@
 """How the pages of a VM are numbered: its RAM blocks, one after the other. Pure.
 
+Pure but for setting memory aside, in `empty_rows` and `sparse_rows`.
+
 Every page of every block that a backup must hold has one index, counted from 0 through all blocks
 in the order of the map. Both sides use the same map (the primary sends it), so an index means the
 same page on both, wherever each QEMU mapped it.

@@ -45,6 +45,8 @@ SOCKET_BUFFER_BYTES = 8 << 20
 RECEIVE_BYTES = 1 << 18
 FLUSH_TIMEOUT_S = 2.0
 SO_SNDBUFFORCE = 32
+WALL_PREFIX = "hfw-"
+"""Of the names of walls: a wall in QEMU that nobody holds is what a dead holder left."""
 SIOCOUTQ = 0x5411
 
 
@@ -65,7 +67,7 @@ class _Tap:
 
     @property
     def wall_id(self) -> str:
-        return f"hfw-{self.netdev_id}"
+        return f"{WALL_PREFIX}{self.netdev_id}"
 
     @property
     def in_id(self) -> str:

@@ -27,7 +27,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from holdfast_agent.core.failures import VirtualMachineFailed
 from holdfast_agent.host.processes import start_ticks_of
 from holdfast_agent.hypervisor.qmp import QmpConnection
-from holdfast_agent.network.filter_plug import FilterPlug
+from holdfast_agent.network.filter_plug import WALL_PREFIX, FilterPlug
 from holdfast_agent.network.packet_sense import PacketSense
 from holdfast_agent.network.qdisc_links import (
     PREFERENCES,
@@ -120,7 +120,7 @@ def leftover_plug(qmp: QmpConnection, taps: Sequence[str]) -> str | None:
             if any(ifb.owner == owner and ifb.tap in taps for ifb in list_ifbs(netlink)):
                 return QdiscPlug.name
     objects = qmp.execute("qom-list", {"path": "/objects"})
-    left = any(str(entry["name"]).startswith("hfw-") for entry in objects)
+    left = any(str(entry["name"]).startswith(WALL_PREFIX) for entry in objects)
     return FilterPlug.name if left else None
 
 

@@ -1,5 +1,7 @@
 """The cache of what the backup has: what is known, what is forgotten, who may stay."""
 
+from pathlib import Path
+
 import numpy as np
 
 from holdfast_agent.core.delta_cache import HOLD_MAX, DeltaCache
@@ -104,6 +106,20 @@ def test_a_page_that_loses_its_place_in_the_batch_that_sends_it_is_not_mixed_up(
     for numbers in ((1, 2), (5, 6), (1, 2, 5, 6), (5, 6), (1, 5), (2, 6), (1, 2, 5, 6)) * 3:
         _, difference = cache.exchange(pages(*numbers), rows(*numbers))
         assert not difference.any()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE_BYTES
+
+
+def test_pages_that_lie_far_apart_take_no_more_memory_than_they_are() -> None:
+    cache = DeltaCache(32_768, 32_768 * PAGE_SIZE_BYTES)
+    scattered = np.arange(0, 32_768, 512, dtype=np.int64)
+    content = rows(*[1] * len(scattered))
+    before = resident_bytes()
+    cache.exchange(scattered, content)
+    taken = resident_bytes() - before
+    assert taken < 16 << 20, "64 pages; as huge pages they would be 128 MiB, all cleared at once"
 
 
 def test_nothing_sent_is_nothing_known() -> None:
